@@ -1,0 +1,1 @@
+"""What every other package stands on. No torch, and nothing of ours above it."""

@@ -1,0 +1,36 @@
+"""The only reader of environment variables, and the folders that they decide.
+
+Nothing here changes what a job computes: that is the plan's matter.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """What a launcher (`torchrun`) tells a rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def cache_folder() -> Path:
+    """Where fetched models and tokenised text are kept: ``$XDG_CACHE_HOME/paceline``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "paceline"
+
+
+def rank_environment() -> RankEnvironment | None:
+    """The launcher's view of this process, or None where no launcher started it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return RankEnvironment(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )

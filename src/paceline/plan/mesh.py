@@ -1,0 +1,63 @@
+"""The mesh: which axes a run is parallel over, and which rank sits where."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paceline.core.config import Config
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Mesh axes, outermost first: ranks that differ only in `tp` are neighbours."""
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""The axes whose ranks read different data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig(Config):
+    """Degrees of parallelism. The product of all but `ep` is the number of ranks.
+
+    Attributes:
+        pp: pipeline stages.
+        dp_replicate: replicas of the whole state.
+        dp_shard: ranks that share one state as `zero.stage` says.
+        cp: ranks that share each sequence.
+        tp: ranks that share each matrix.
+        ep: ranks that share the experts; re-groups dp_shard x cp x tp, tp innermost.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Degrees in the order of `AXES`."""
+        return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """How many ranks read different data."""
+        return self.dp_replicate * self.dp_shard
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` sits on each axis; row-major over `AXES`."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is not in a mesh of {self.num_ranks} ranks")
+        coordinates: dict[str, int] = {}
+        for axis, degree in zip(reversed(AXES), reversed(self.shape), strict=True):
+            rank, coordinates[axis] = divmod(rank, degree)
+        return {axis: coordinates[axis] for axis in AXES}
+
+    def data_index(self, rank: int) -> int:
+        """The index of `rank` among the ranks that read different data."""
+        coordinate = self.coordinate(rank)
+        return coordinate["dp_replicate"] * self.dp_shard + coordinate["dp_shard"]

@@ -1,0 +1,245 @@
+"""The plan: how a job runs, as one frozen object that round-trips to TOML.
+
+Every key is described in docs/contract.md. Absent tables and keys mean the defaults below.
+A plan that parses is well formed; whether it can run is for `paceline.plan.check` to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from paceline.core.config import Config
+from paceline.plan.mesh import MeshConfig
+
+DtypeName = Literal["float64", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroConfig(Config):
+    """How the `dp_shard` ranks share state.
+
+    Attributes:
+        stage: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
+            Absent: 3 where ``mesh.dp_shard > 1``, else 0 (`Plan.zero_stage`).
+    """
+
+    stage: Literal[0, 1, 2, 3] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorConfig(Config):
+    """Tensor parallelism: whether norms and residuals are split over the sequence."""
+
+    sequence_parallel: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig(Config):
+    """Pipeline parallelism and micro-batches.
+
+    Attributes:
+        schedule: the order of forward and backward passes.
+        num_microbatches: micro-batches a step on each data rank. Absent: as few as
+            `train.microbatch_tokens` admits.
+        stages_per_rank: virtual stages on each rank.
+        stage_cuts: index of the first block of every stage but the first. Absent: even FLOPs.
+        vocabulary: embedding and head on the edge stages, or spread over all of them.
+    """
+
+    schedule: Literal[
+        "gpipe", "one-f-one-b", "interleaved", "zero-bubble", "zero-bubble-v", "v-half"
+    ] = "one-f-one-b"
+    num_microbatches: int | None = None
+    stages_per_rank: int = 1
+    stage_cuts: tuple[int, ...] | None = None
+    vocabulary: Literal["edges", "spread"] = "edges"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextConfig(Config):
+    """How attention runs over a sequence that is split over `cp`."""
+
+    method: Literal["ring", "zigzag-ring", "ulysses", "ulysses-ring", "token-ring"] = "zigzag-ring"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertConfig(Config):
+    """How tokens reach experts that are split over `ep`."""
+
+    dispatch: str = "all-to-all"
+    balance_loss_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig(Config):
+    """What is recomputed instead of kept."""
+
+    remat: Literal["none", "selective", "full"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig(Config):
+    """Number formats of training.
+
+    Attributes:
+        params: master parameters and optimizer state.
+        compute: activations and matrix products; ``auto`` is bfloat16 where the device
+            multiplies it natively, else float32.
+        reduce: sums of gradients over ranks and micro-batches.
+    """
+
+    params: DtypeName = "float32"
+    compute: Literal["float64", "float32", "bfloat16", "auto"] = "float32"
+    reduce: DtypeName = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicasConfig(Config):
+    """How replicas come to agree."""
+
+    method: str = "all-reduce"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Config):
+    """What a step reads.
+
+    Attributes:
+        sequence_length: tokens of one sequence.
+        tokens_per_step: tokens of one optimizer step over all ranks; accumulation follows.
+        seed: of the order of data, and of initialisation.
+        pack: whether documents share sequences; attention stays inside each document. Without
+            it every document has sequences of its own, padded at the end.
+        microbatch_tokens: upper bound on the tokens of one micro-batch (but at least one
+            sequence), unless `pipeline.num_microbatches` is given.
+        freeze: shell-style patterns of parameter names that are not trained.
+    """
+
+    sequence_length: int = 512
+    tokens_per_step: int = 4096
+    seed: int = 0
+    pack: bool = True
+    microbatch_tokens: int = 2048
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig(Config):
+    """The learning rate over the steps of a run.
+
+    Attributes:
+        kind: the shape of the decay after the warm-up.
+        warmup_steps: steps of linear rise from 0.
+        final_fraction: learning rate of the last step, as a fraction of `optimizer.lr`.
+    """
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig(Config):
+    """The optimizer. Weight decay applies to matrices, not to vectors.
+
+    Attributes:
+        clip_norm: upper bound on the norm of the whole gradient; 0 for none.
+    """
+
+    name: str = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig(Config):
+    """When a run is saved.
+
+    Attributes:
+        interval_steps: steps between saves; the last step is always saved.
+        overhead_share: share of run time that ``interval_steps = "auto"`` may cost.
+        keep: how many of the newest checkpoints are kept; 0 for all.
+        levels: where checkpoints go, fastest first.
+    """
+
+    interval_steps: int | Literal["auto"] = 100
+    overhead_share: float = 0.02
+    keep: int = 0
+    levels: tuple[str, ...] = ("disk",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResilienceConfig(Config):
+    """What happens when a rank fails."""
+
+    on_failure: Literal["stop", "restart", "shrink"] = "stop"
+    max_restarts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeMeshConfig(Config):
+    """The layout of a serving engine."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    replicas: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig(Config):
+    """How requests are served.
+
+    Attributes:
+        policy: which request gets how many tokens of a step.
+        max_batch_tokens: tokens computed in one step, over all requests.
+        max_sequences: sequences that may hold a KV cache at a time.
+        kv_memory_bytes: memory for KV caches. Absent: `max_sequences` whole contexts.
+        dtype: weights, activations and caches; ``auto`` as in `PrecisionConfig`.
+        weights: ``auto`` is `dtype`.
+        batch_invariant: whether logits must not depend on what else is in the batch.
+        draft: what proposes tokens ahead of the model.
+        mesh: serving's own layout.
+    """
+
+    policy: str = "serial"
+    max_batch_tokens: int = 2048
+    max_sequences: int = 1
+    kv_memory_bytes: int | None = None
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    weights: Literal["auto", "int8"] = "auto"
+    batch_invariant: bool = False
+    draft: str = "none"
+    mesh: ServeMeshConfig = field(default_factory=ServeMeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(Config):
+    """How a job runs: the one object that `verify`, `train` and `serve` read."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    tensor: TensorConfig = field(default_factory=TensorConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage in force."""
+        if self.zero.stage is not None:
+            return self.zero.stage
+        return 3 if self.mesh.dp_shard > 1 else 0
