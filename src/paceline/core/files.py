@@ -40,8 +40,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            sync_file(file)
+        for inner in temporary.rglob("*"):
+            inner.chmod((0o777 if inner.is_dir() else 0o666) & ~_umask())
+            sync_file(inner)
         temporary.chmod(0o777 & ~_umask())
         try:
             temporary.rename(path)

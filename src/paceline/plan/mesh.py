@@ -61,3 +61,12 @@ class MeshConfig(Config):
         """The index of `rank` among the ranks that read different data."""
         coordinate = self.coordinate(rank)
         return coordinate["dp_replicate"] * self.dp_shard + coordinate["dp_shard"]
+
+    def groups(self, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """All sets of ranks that differ only on `axes`, each in order of rank."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_ranks):
+            coordinate = self.coordinate(rank)
+            fixed = tuple(coordinate[axis] for axis in AXES if axis not in axes)
+            members.setdefault(fixed, []).append(rank)
+        return [tuple(ranks) for ranks in members.values()]

@@ -1,0 +1,153 @@
+"""Tensors to disk and back, through torch's distributed checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+
+import paceline
+from paceline.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    complete_checkpoints,
+    read_manifest,
+    verify_files,
+)
+from paceline.core.errors import DataError
+from paceline.core.files import sha256, sync_file
+from paceline.dist.world import World
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], plan: Plan, spec: ModelSpec, world: World
+) -> Path:
+    """Writes ``folder/step-N``; called by every rank.
+
+    A kill at any point leaves what was complete before, and at most a folder without a manifest,
+    which no reader takes for a checkpoint and which the next save of that step replaces.
+
+    Returns:
+        The checkpoint, complete once this returns on the first rank.
+    """
+    target = folder / f"step-{step}"
+    retired = folder / f".retired-step-{step}"
+    if world.is_first:
+        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            target.rename(retired)
+        target.mkdir(parents=True)
+    world.barrier()
+    with _quiet():
+        writer = FileSystemWriter(target, sync_files=True)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.mesh.num_ranks == 1)
+    if world.is_first:
+        _manifest(target, step, tensors, plan, spec).commit(target)
+        sync_file(folder)
+        shutil.rmtree(retired, ignore_errors=True)
+        _drop_old(folder, plan.checkpoint.keep)
+    world.barrier()
+    return target
+
+
+def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World) -> Manifest:
+    """Fills tensors in place from a checkpoint; called by every rank.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        tensors: where to put what it holds, split as this run splits them.
+        world: the ranks.
+
+    Raises:
+        DataError: a damaged file, or tensors that are not the checkpoint's.
+    """
+    manifest = read_manifest(checkpoint)
+    if world.is_first:
+        verify_files(checkpoint, manifest)
+    world.barrier()
+    _require_same(checkpoint, manifest, tensors)
+    _read(checkpoint, tensors, no_dist=world.mesh.num_ranks == 1)
+    return manifest
+
+
+def load_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors whose names begin with `prefix`, in this process alone.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    manifest = read_manifest(checkpoint)
+    verify_files(checkpoint, manifest)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        for name, entry in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
+    _read(checkpoint, tensors, no_dist=True)
+    return tensors
+
+
+def _read(checkpoint: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+    try:
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=FileSystemReader(checkpoint), no_dist=no_dist)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise DataError(f"{checkpoint} cannot be read: {error}") from error
+
+
+def _require_same(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    for name in manifest.tensors.keys() ^ tensors.keys():
+        side = "the checkpoint" if name in manifest.tensors else "this run"
+        raise DataError(
+            f"{checkpoint}: only {side} has the tensor {name}",
+            hint="resume with the model and the plan of the run that saved it",
+        )
+    for name, tensor in tensors.items():
+        if (shape := tuple(tensor.shape)) != manifest.tensors[name].shape:
+            stored = manifest.tensors[name].shape
+            raise DataError(f"{checkpoint}: {name} has shape {stored}, this run wants {shape}")
+
+
+def _manifest(
+    target: Path, step: int, tensors: Mapping[str, Tensor], plan: Plan, spec: ModelSpec
+) -> Manifest:
+    files = sorted(file for file in target.iterdir() if file.is_file())
+    return Manifest(
+        step=step,
+        versions={"paceline": paceline.__version__, "torch": torch.__version__},
+        plan=plan.to_dict(),
+        model=spec.to_dict(),
+        files={f.name: FileEntry(f.stat().st_size, sha256(f)) for f in files},
+        tensors={
+            name: TensorEntry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        },
+    )
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    for old in complete_checkpoints(folder)[:-keep] if keep else []:
+        # Out of sight first: a kill in the middle must not leave half a checkpoint.
+        retired = old.with_name(f".retired-{old.name}")
+        old.rename(retired)
+        shutil.rmtree(retired)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch says of a process without a group, which is what we asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+        yield

@@ -1,0 +1,37 @@
+"""``paceline check``: every problem of a plan at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import Json, Settings, print_json, read_plan
+from paceline.core.errors import ConfigError
+
+
+def check(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file (TOML).")],
+    model: Annotated[str | None, typer.Option(help="Check against this MODEL too.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Report every problem of a plan; exit with 2 if there is one."""
+    from paceline.plan.check import check as problems_of
+
+    spec = None
+    if model:
+        from paceline.models.hub import read_model_spec
+
+        spec = read_model_spec(model)
+    try:
+        problems = problems_of(read_plan(plan_file, settings), spec)
+    except ConfigError as error:
+        problems = list(error.problems)
+    if as_json:
+        print_json({"problems": [problem.to_dict() for problem in problems]})
+        raise typer.Exit(2 if problems else 0)
+    if problems:
+        raise ConfigError(problems, source=str(plan_file))
+    typer.echo(f"{plan_file}: no problems")

@@ -1,0 +1,144 @@
+"""``paceline train``: from a MODEL and a SRC to checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    PlanFile,
+    Settings,
+    print_json,
+    read_plan,
+    require_dtype,
+)
+from paceline.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from paceline.models.hub import ModelSource
+    from paceline.plan.plan import Plan
+    from paceline.train.run import RunConfig, RunFolder
+
+DEFAULT_STEPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to start, or to go on with from a checkpoint."""
+
+    config: RunConfig
+    plan: Plan
+    folder: RunFolder
+    checkpoint: Path | None
+
+
+def train(
+    model: Annotated[str | None, typer.Argument(help="What to train.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text, JSONL, or builtin:python-stdlib.")] = None,
+    plan_file: PlanFile = None,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Steps of the whole run; {DEFAULT_STEPS}.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new run folder.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start; the plan's.", min=1)] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder, or a checkpoint in it.")] = None,
+    settings: Settings = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a model, or resume a run from its newest complete checkpoint.
+
+    Starts the plan's ranks on this machine; on several, run it under `torchrun --nnodes`.
+    """
+    from paceline.data.sources import source_files
+    from paceline.dist.launch import end_with_parent, is_launched, launch_ranks
+    from paceline.models.hub import resolve
+    from paceline.plan.check import require
+
+    require_dtype(dtype)
+    if resume is not None:
+        given = {"MODEL": model, "--data": data, "--plan": plan_file, "--out": out}
+        _refuse_with_resume(given | {"--set": settings, "--dtype": dtype})
+        job = _resumed_job(resume, steps)
+    else:
+        job = _new_job(model, data, out, steps, _plan(plan_file, settings, dtype))
+    source_files(job.config.data)
+    source = resolve(job.config.model, seed=job.plan.train.seed)
+    num_ranks = None if is_launched() else nproc
+    require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))
+    if is_launched():
+        end_with_parent()
+    elif job.plan.mesh.num_ranks > 1:
+        launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
+    record = _run(job, source, device)
+    if as_json and record is not None:
+        print_json(record)
+
+
+def _plan(file: Path | None, settings: list[str] | None, dtype: str | None) -> Plan:
+    plan = read_plan(file, settings)
+    return plan.with_overrides([f'precision.compute="{dtype}"']) if dtype else plan
+
+
+def _refuse_with_resume(given: dict[str, object]) -> None:
+    if names := [name for name, value in given.items() if value]:
+        hint = "a resumed run goes on as it began; only --steps may change"
+        raise UsageError(f"--resume does not go with {', '.join(names)}", hint=hint)
+
+
+def _new_job(
+    model: str | None, data: str | None, out: Path | None, steps: int | None, plan: Plan
+) -> Job:
+    from paceline.dist.launch import is_launched
+    from paceline.train.run import RunConfig, RunFolder
+
+    if model is None or data is None or out is None:
+        hint = "paceline train MODEL --data SRC --out DIR, or paceline train --resume DIR"
+        raise UsageError("train needs MODEL, --data and --out", hint=hint)
+    folder = RunFolder(out)
+    if not is_launched():  # ranks come after the first of them has written the folder
+        folder.require_new()
+    config = RunConfig(model=model, data=data, steps=steps or DEFAULT_STEPS)
+    return Job(config, plan, folder, checkpoint=None)
+
+
+def _resumed_job(path: Path, steps: int | None) -> Job:
+    from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
+    from paceline.train.run import RunFolder
+
+    checkpoint = newest_checkpoint(path)
+    folder = RunFolder(checkpoint.parent.parent)
+    config, plan = folder.read()
+    config = replace(config, steps=steps or config.steps)
+    if (done := read_manifest(checkpoint).step) >= config.steps:
+        hint = f"--steps with more than {done} to train on"
+        raise UsageError(f"{checkpoint} is at step {done} of {config.steps}: done", hint=hint)
+    return Job(config, plan, folder, checkpoint)
+
+
+def _run(job: Job, source: ModelSource, device_name: str) -> dict[str, Any] | None:
+    """Joins the ranks and trains; the final record, on the first rank."""
+    from paceline.core.env import rank_environment
+    from paceline.dist.world import open_world
+    from paceline.kernels.device import choose_device
+    from paceline.train.trainer import Trainer
+
+    environment = rank_environment()
+    device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
+    with open_world(job.plan.mesh, device) as world:
+        if job.checkpoint is None and world.is_first:
+            job.folder.start(job.config, job.plan, source.files)
+        world.barrier()
+        trainer = Trainer(source, job.config, job.plan, world, job.folder)
+        if job.checkpoint is not None:
+            trainer.restore(job.checkpoint)
+        record = trainer.run()
+        return record.to_dict() if record and world.is_first else None

@@ -1,0 +1,36 @@
+"""What a micro-batch holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of positions that have no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of one micro-batch on one rank.
+
+    Attributes:
+        tokens_BT: token ids.
+        labels_BT: the token that follows each position, or `IGNORED`.
+        documents_BT: number of each token's document in its row; -1 for padding.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    documents_BT: Tensor
+
+    @property
+    def count(self) -> int:
+        """Positions that have a loss."""
+        return int((self.labels_BT != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.tokens_BT.to(device), self.labels_BT.to(device), self.documents_BT.to(device)
+        )

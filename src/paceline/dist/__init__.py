@@ -1,0 +1,1 @@
+"""Ranks: how they start, find each other, and talk."""

@@ -1,0 +1,97 @@
+"""Worlds for tests and for `verify`: forked gloo ranks, a tenth of a second to start."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed
+
+from paceline.core.errors import RankError
+
+_POLL_S = 0.01
+
+
+def run_ranks(
+    function: Callable[[int], Any], num_ranks: int, *, timeout_s: float = 120.0
+) -> list[Any]:
+    """Runs ``function(rank)`` on forked gloo ranks and returns what each gave, in order of rank.
+
+    What it gives must be plain data or numpy arrays. The process group is up when it is called.
+
+    Raises:
+        RankError: a rank failed or took too long; the others are ended, and the first to fail is
+            named with its traceback.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="paceline-ranks-") as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
+        processes = [
+            context.Process(
+                target=_run_rank,
+                args=(function, rank, num_ranks, os.path.join(folder, "store"), pipes[rank][1]),
+                daemon=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()  # the child holds the only writing end: its death closes the pipe
+        try:
+            return _collect([receiver for receiver, _ in pipes], processes, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _run_rank(
+    function: Callable[[int], Any], rank: int, num_ranks: int, store: str, sender: Connection
+) -> None:
+    torch.set_num_threads(1)  # first of all: a forked child hangs in its parent's OpenMP pool
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks
+        )
+        sender.send((True, function(rank)))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()
+        os._exit(0)  # no handlers of the parent's: pytest and CUDA have some
+
+
+def _collect(
+    receivers: list[Connection], processes: list[BaseProcess], timeout_s: float
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline_s = time.monotonic() + timeout_s
+    while len(results) < len(receivers):
+        for rank, receiver in enumerate(receivers):
+            if rank not in results and receiver.poll():
+                results[rank] = _receive(rank, receiver, processes[rank])
+        if time.monotonic() > deadline_s:
+            late = [rank for rank in range(len(receivers)) if rank not in results]
+            raise RankError(f"rank(s) {late} gave nothing in {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _receive(rank: int, receiver: Connection, process: BaseProcess) -> Any:
+    try:
+        succeeded, result = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise RankError(f"rank {rank} died with exit code {process.exitcode}") from error
+    if not succeeded:
+        raise RankError(f"rank {rank} failed:\n{result}")
+    return result

@@ -1,0 +1,122 @@
+"""The world of a run: this process's rank, the mesh around it, and its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from paceline.core.env import rank_environment
+from paceline.core.errors import UsageError
+from paceline.dist.collectives import Traffic
+from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+class World:
+    """One rank's view of a run. A world of one rank needs no process group.
+
+    Args:
+        mesh: degrees of parallelism; their product is the number of ranks.
+        rank: this process's rank.
+        device: where this rank computes.
+
+    Attributes:
+        traffic: what this rank has sent through `sum`, for comparison with cost models.
+    """
+
+    def __init__(self, mesh: MeshConfig, rank: int, device: torch.device) -> None:
+        self.mesh = mesh
+        self.rank = rank
+        self.device = device
+        self.traffic = Traffic()
+        self._device_mesh: DeviceMesh | None = None
+        self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
+        if mesh.num_ranks > 1:
+            self._device_mesh = init_device_mesh(
+                device.type, mesh.shape, mesh_dim_names=AXES
+            )
+            self._groups[DATA_AXES] = _subgroup(mesh, rank, DATA_AXES)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints, and commits what all have written."""
+        return self.rank == 0
+
+    @property
+    def data_index(self) -> int:
+        """Which share of each batch this rank reads."""
+        return self.mesh.data_index(self.rank)
+
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """The part of the mesh along some axes, for torch's own parallelism."""
+        assert self._device_mesh is not None, "a world of one rank has no device mesh"
+        return self._device_mesh[axes]
+
+    def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
+        """Sums a tensor in place over the ranks that differ only on `axes`, and returns it."""
+        if all(getattr(self.mesh, axis) == 1 for axis in axes):
+            return tensor
+        self.traffic.add("all-reduce", axes, tensor.nbytes, purpose)
+        torch.distributed.all_reduce(tensor, group=self._group(axes))
+        return tensor
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        if self.mesh.num_ranks > 1:
+            torch.distributed.barrier()
+
+    def _group(self, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
+        if len(axes) == 1:
+            return self.device_mesh(*axes).get_group()
+        return self._groups[axes]
+
+
+@contextmanager
+def open_world(mesh: MeshConfig, device: torch.device) -> Iterator[World]:
+    """Joins the ranks that a launcher has started; alone where none has.
+
+    Args:
+        mesh: what the plan asks for.
+        device: where this rank computes.
+
+    Raises:
+        UsageError: the number of ranks is not the mesh's.
+    """
+    environment = rank_environment()
+    rank, num_ranks = (environment.rank, environment.world_size) if environment else (0, 1)
+    if num_ranks != mesh.num_ranks:
+        raise UsageError(
+            f"the plan needs {mesh.num_ranks} rank(s), but {num_ranks} were started",
+            hint=f"start {mesh.num_ranks} rank(s), or change [mesh] in the plan",
+        )
+    if num_ranks == 1:
+        yield World(mesh, 0, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        yield World(mesh, rank, device)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _subgroup(
+    mesh: MeshConfig, rank: int, axes: tuple[str, ...]
+) -> torch.distributed.ProcessGroup:
+    """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
+    mine = None
+    for members in mesh.groups(axes):
+        group = torch.distributed.new_group(list(members))
+        if rank in members:
+            mine = group
+    assert mine is not None, f"rank {rank} is in no group over {axes}"
+    return mine

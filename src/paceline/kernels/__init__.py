@@ -1,0 +1,1 @@
+"""Operations on one device: a reference in plain torch first, faster variants beside it."""

@@ -1,0 +1,96 @@
+"""The device that operations run on: which one, what it multiplies, how fast, how full."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from paceline.core.errors import UsageError, name_hint
+
+_DEVICES = ("auto", "cpu", "cuda")
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+def choose_device(name: str = "auto", *, local_rank: int = 0) -> torch.device:
+    """The device that a name means; `auto` is CUDA where there is one.
+
+    Raises:
+        UsageError: no such device, or none present.
+    """
+    if name not in _DEVICES:
+        raise UsageError(f"unknown device {name!r}", hint=name_hint(name, _DEVICES))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda: torch sees no CUDA device", hint="--device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a name means; `auto` is bfloat16 where `device` multiplies it natively."""
+    if name == "auto":
+        name = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }[name]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_info = Path("/proc/cpuinfo")
+    if not cpu_info.exists():
+        return False
+    flags = set(cpu_info.read_text(encoding="utf-8", errors="replace").split())
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, budget_s: float = 0.3) -> float:
+    """FLOP/s of square matrix products: the practical peak that a run is measured against.
+
+    The best of as many products as fit into `budget_s`, after two to warm up.
+    """
+    size = _MATRIX_SIZE[device.type]
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    right = torch.ones(size, size, device=device, dtype=dtype)
+    best_s, start_s = float("inf"), 0.0
+    for trial in range(1000):
+        if trial == 2:
+            start_s, best_s = time.perf_counter(), float("inf")
+        began_s = time.perf_counter()
+        torch.mm(left, right)
+        synchronize(device)
+        best_s = min(best_s, time.perf_counter() - began_s)
+        if trial >= 2 and time.perf_counter() - start_s > budget_s:
+            break
+    return 2.0 * size**3 / best_s
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held on `device`: resident for a CPU, allocated for CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(device: torch.device) -> str:
+    """The device's name, for records and reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

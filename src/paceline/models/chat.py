@@ -1,0 +1,61 @@
+"""Chat templates: messages to a prompt, in a sandbox.
+
+A template is code from a model's files. It runs in Jinja's immutable sandbox, sees messages and
+special tokens and nothing else, and never comes from a client.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from paceline.core.errors import RequestError
+from paceline.models.tokenizer import Tokenizer
+
+_MAX_TEMPLATE_CHARACTERS = 100_000
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt for a conversation, ending where the assistant is to answer.
+
+    Raises:
+        RequestError: the model has no template, or the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        hint = "use completions, which take a plain prompt"
+        raise RequestError("this model has no chat template", param="messages", hint=hint)
+    try:
+        template = _compile(tokenizer.chat_template)
+        return template.render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=True,
+            **tokenizer.special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"the chat template refuses these messages: {error}", param="messages"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    if len(source) > _MAX_TEMPLATE_CHARACTERS:
+        raise jinja2.TemplateError(f"longer than {_MAX_TEMPLATE_CHARACTERS} characters")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _to_json
+    return environment.from_string(source)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    """What templates call to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,53 @@
+"""Where each token of a batch stands: its position, and the document that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+"""Document number of padding tokens."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions and documents of a batch of sequences.
+
+    Attributes:
+        positions_BT: place of each token in its document, from 0; rotary angles follow from it.
+        documents_BT: number of each token's document, `PADDING` for padding, or None where every
+            row is one document. A token attends to earlier tokens of its own document only.
+    """
+
+    positions_BT: Tensor
+    documents_BT: Tensor | None = None
+
+    @classmethod
+    def whole_rows(cls, tokens_BT: Tensor) -> Layout:
+        """Every row is one document."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return cls(positions_T.expand(tokens_BT.shape))
+
+    @classmethod
+    def of_documents(cls, documents_BT: Tensor) -> Layout:
+        """Rows of consecutive documents; positions start anew with each of them."""
+        index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(
+            documents_BT.shape
+        )
+        starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        start_BT = torch.where(starts_BT, index_BT, 0).cummax(dim=1).values
+        return cls(index_BT - start_BT, documents_BT)
+
+    @cached_property
+    def mask_B1TT(self) -> Tensor | None:
+        """True where a query may see a key, or None where the plain causal mask will do."""
+        if self.documents_BT is None:
+            return None
+        length = self.documents_BT.shape[1]
+        same_BTT = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=same_BTT.device).tril()
+        return (same_BTT & causal_TT)[:, None]

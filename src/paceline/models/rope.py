@@ -1,0 +1,42 @@
+"""Rotary position embedding.
+
+Source: Su et al., RoFormer, arXiv:2104.09864, Eq. 34; the halves of a head are rotated against
+each other, as in GPT-NeoX and in the weights that Hugging Face holds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from paceline.plan.model_spec import ModelSpec, RopeScaling
+
+
+def rotary_angles(spec: ModelSpec, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for each position, (B, T, 1, H).
+
+    Angles are computed in float32 whatever `dtype` is, as the models were trained.
+    """
+    exponents = torch.arange(0, spec.head_dim, 2, device=positions_BT.device, dtype=torch.float32)
+    frequencies = 1.0 / (spec.rope_theta ** (exponents / spec.head_dim))
+    if spec.rope_scaling is not None:
+        frequencies = _stretch(frequencies, spec.rope_scaling)
+    angles_BTh = positions_BT[..., None].float() * frequencies
+    angles_BT1H = torch.cat([angles_BTh, angles_BTh], dim=-1).unsqueeze(2)
+    return angles_BT1H.cos().to(dtype), angles_BT1H.sin().to(dtype)
+
+
+def rotate(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+    """Rotates each head by its position's angles."""
+    first, second = x_BTNH.chunk(2, dim=-1)
+    return x_BTNH * cos_BT1H + torch.cat([-second, first], dim=-1) * sin_BT1H
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's frequency bands (Grattafiori et al., arXiv:2407.21783, Sec. 3.2)."""
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies

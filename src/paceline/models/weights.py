@@ -1,0 +1,75 @@
+"""Where a model's weights come from, parameter by parameter, and how they get into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paceline.core import rng
+from paceline.models.decoder import Decoder
+from paceline.plan.model_spec import ModelSpec
+
+
+class Weights(Protocol):
+    """A source of weights under our parameter names."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole parameter, on the CPU, in the dtype that it is kept in."""
+        ...
+
+
+class RandomWeights:
+    """Seeded weights: normal matrices, unit norms, zero biases, as functions of seed and name.
+
+    Args:
+        spec: sizes; ``initializer_std`` is the standard deviation.
+        seed: two seeds share no bits.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        self._spec = spec
+        self._seed = seed
+        self._shapes = {name: p.shape for name, p in build(spec).named_parameters()}
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if "norm" in name.split(".")[-2]:
+            return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        draws = rng.normal(shape.numel(), seed=self._seed, purpose="initialise", stream=name)
+        values = (draws * self._spec.initializer_std).astype(np.float32)
+        return torch.from_numpy(values).view(shape)
+
+
+def build(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder without memory behind its parameters (on the meta device)."""
+    with torch.device("meta"):
+        return Decoder(spec).to(dtype)
+
+
+def copy_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts a weight into a parameter that is not split."""
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    device: torch.device,
+    *,
+    put: Callable[[nn.Parameter, Tensor], None] = copy_whole,
+) -> None:
+    """Gives a model of the meta device memory on `device` and its weights.
+
+    Args:
+        put: how a weight gets into its parameter, where parameters are split over ranks.
+    """
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        put(parameter, weights.read(name))

@@ -1,0 +1,94 @@
+"""The one owner of loss and gradient scale.
+
+The gradient of a step is that of the mean loss over its valid tokens, whatever rank and
+micro-batch they are on:
+
+    gradient = sum over ranks and micro-batches of d(loss sum) / d(weights) / count
+
+where `count` is the number of valid tokens of the whole step. So every backward pass runs on
+``loss sum / count``, and gradients are summed over ranks and micro-batches, never averaged.
+Nothing else in this package scales a loss or a gradient, but for the clip below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from paceline.core.errors import DataError
+from paceline.dist.world import World
+from paceline.plan.mesh import DATA_AXES
+
+
+class LossScale:
+    """Scales the losses of one step.
+
+    Args:
+        local_count: valid tokens of this rank's micro-batches of the step.
+        world: to sum the counts over.
+
+    Raises:
+        DataError: no rank has a valid token.
+    """
+
+    def __init__(self, local_count: int, world: World) -> None:
+        self._world = world
+        total = torch.tensor(float(local_count), dtype=torch.float64, device=world.device)
+        self.count = int(world.sum(total, DATA_AXES, purpose="token count").item())
+        if self.count == 0:
+            raise DataError("a step without a single valid token", hint="is the data empty?")
+
+    def scaled(self, loss_sum: Tensor) -> Tensor:
+        """What backward runs on for one micro-batch."""
+        return loss_sum / self.count
+
+    def mean_loss(self, local_sum: Tensor) -> float:
+        """The mean loss of the step, the same on every rank.
+
+        Args:
+            local_sum: sum of the losses of this rank's micro-batches, float64.
+        """
+        return self._world.sum(local_sum, DATA_AXES, purpose="loss").item() / self.count
+
+
+@torch.no_grad()
+def global_norm(
+    parameters: Iterable[nn.Parameter], split_axes: Sequence[str], world: World
+) -> float:
+    """The norm of the whole gradient, the same on every rank.
+
+    Args:
+        parameters: those without a gradient are left out.
+        split_axes: mesh axes over which gradients are split.
+        world: to sum the squares over.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for norm in norms:
+        total += norm.double().square()
+    return math.sqrt(world.sum(total, tuple(split_axes), purpose="gradient norm").item())
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> float:
+    """Scales gradients in place so that their norm is at most `max_norm`; 0 means no bound.
+
+    Returns:
+        The factor, 1.0 where nothing was clipped.
+    """
+    factor = max_norm / norm if 0 < max_norm < norm else 1.0
+    if factor != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(factor)
+    return factor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,65 @@
+"""Parallelism applied to a plain model, in one fixed order.
+
+    freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from paceline.core.errors import ConfigError, Problem
+from paceline.dist.world import World
+from paceline.kernels.device import choose_dtype
+from paceline.models.decoder import Decoder
+from paceline.models.weights import Weights, build, fill
+from paceline.parallel.data import STAGES
+from paceline.parallel.data.base import DataParallel
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelModel:
+    """A model laid over the ranks of a world.
+
+    Attributes:
+        module: this rank's part; call it as the plain model.
+        data: how data ranks share its state.
+    """
+
+    module: Decoder
+    data: DataParallel
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+def apply(spec: ModelSpec, weights: Weights, plan: Plan, world: World) -> ParallelModel:
+    """Builds a model on this rank as the plan says, with its weights.
+
+    Raises:
+        ConfigError: a freeze pattern that matches nothing.
+    """
+    model = build(spec, choose_dtype(plan.precision.params, world.device))
+    model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
+    freeze(model, plan.train.freeze)
+    data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
+    data.wrap(model)
+    fill(model, weights, world.device, put=data.put)
+    return ParallelModel(model, data)
+
+
+def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:
+    """Stops gradients for the parameters whose names match a pattern."""
+    names = {name for name, _ in model.named_parameters()}
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            example = sorted(names)[0]
+            rule, hint = "matches no parameter", f"names look like {example}"
+            raise ConfigError([Problem("train.freeze", pattern, rule, hint)])
+        for name in matched:
+            model.get_parameter(name).requires_grad_(False)

@@ -1,0 +1,12 @@
+"""Data parallelism: how the ranks that read different data share state."""
+
+from paceline.core.registry import NameTable
+
+STAGES = NameTable(
+    "ZeRO stage",
+    {
+        "0": "paceline.parallel.data.replicated:Replicated",
+        "3": "paceline.parallel.data.fully_sharded:FullySharded",
+    },
+)
+"""ZeRO stage to its `paceline.parallel.data.base.DataParallel`."""

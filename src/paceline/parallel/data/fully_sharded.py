@@ -1,0 +1,54 @@
+"""Parameters, gradients and optimizer state split over ranks (ZeRO stage 3).
+
+Source: Rajbhandari et al., ZeRO, arXiv:1910.02054, Sec. 5.3; Zhao et al., PyTorch FSDP,
+    arXiv:2304.11277. torch's ``fully_shard`` does the work, one unit a block.
+Replaces: replicated.  Needs: mesh.dp_shard > 1.  Forbids: split backward passes.
+Cost: state / dp_shard a rank; parameters gathered twice and gradients reduce-scattered once a
+    micro-batch; with dp_replicate > 1 the parts of gradients are all-reduced between replicas.
+Differs: gradients are summed, not averaged.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from paceline.kernels.device import choose_dtype
+from paceline.models.decoder import Decoder
+from paceline.parallel.data.base import DataParallel
+
+
+class FullySharded(DataParallel):
+    """ZeRO stage 3, over `dp_shard`; whole replicas of it over `dp_replicate`."""
+
+    split_axes = ("dp_shard",)
+
+    def wrap(self, model: Decoder) -> None:
+        is_hybrid = self.world.mesh.dp_replicate > 1
+        axes = ("dp_replicate", "dp_shard") if is_hybrid else ("dp_shard",)
+        policy = MixedPrecisionPolicy(
+            param_dtype=choose_dtype(self.precision.compute, self.world.device),
+            reduce_dtype=choose_dtype(self.precision.reduce, self.world.device),
+            cast_forward_inputs=False,
+        )
+        mesh = self.world.device_mesh(*axes)
+        for unit in (*model.blocks, model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            wrapped = cast("FSDPModule", unit)
+            wrapped.set_gradient_divide_factor(1.0)
+            wrapped.set_force_sum_reduction_for_comms(True)
+
+    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+        assert isinstance(parameter, DTensor)
+        # Every rank has read the whole value: no one needs to send it.
+        whole = value.to(parameter.device, parameter.dtype)
+        part = distribute_tensor(
+            whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.copy_(part)
+
+    def finish_gradients(self, model: Decoder) -> None:
+        pass  # reduced during each backward pass

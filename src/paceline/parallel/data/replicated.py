@@ -1,0 +1,60 @@
+"""Whole replicas: every rank holds everything, gradients are summed once a step.
+
+Source: Li et al., PyTorch Distributed, arXiv:2006.15704, Sec. 3.2 (gradients in buckets).
+Replaces: nothing, it is the default (ZeRO stage 0).  Needs: nothing.  Forbids: nothing.
+Cost: one all-reduce of the gradients a step; no memory saved.
+Differs: buckets are reduced after the last backward pass, without overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from paceline.models.decoder import Decoder
+from paceline.models.weights import copy_whole
+from paceline.parallel.data.base import DataParallel
+from paceline.plan.mesh import DATA_AXES
+
+_BUCKET_BYTES = 25 << 20
+
+
+class Replicated(DataParallel):
+    """ZeRO stage 0."""
+
+    def wrap(self, model: Decoder) -> None:
+        pass
+
+    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+        copy_whole(parameter, value)
+
+    @torch.no_grad()
+    def finish_gradients(self, model: Decoder) -> None:
+        if self.world.mesh.num_data_ranks == 1:
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # every rank must bring the same buckets
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([parameter.grad for parameter in trained]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            self.world.sum(flat, DATA_AXES, purpose="gradients")
+            sizes = [gradient.numel() for gradient in bucket]
+            for gradient, total in zip(bucket, flat.split(sizes), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients in order, in groups of about `_BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    size_bytes = 0
+    for gradient in gradients:
+        bucket.append(gradient)
+        size_bytes += gradient.nbytes
+        if size_bytes >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size_bytes = [], 0
+    if bucket:
+        yield bucket

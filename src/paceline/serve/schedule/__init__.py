@@ -1,0 +1,6 @@
+"""Policies: which request gets how many tokens of a step. Pure functions over plain data."""
+
+from paceline.core.registry import NameTable
+
+POLICIES = NameTable("serving policy", {"serial": "paceline.serve.schedule.serial:serial"})
+"""Name to a `paceline.serve.schedule.base.Policy`."""

@@ -1,0 +1,82 @@
+"""What a training run writes down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from paceline.core.record import Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord(Record):
+    """A run, or its resumption, begins.
+
+    Attributes:
+        model: as the user named it.
+        first_step: the step to be taken next.
+        num_steps: the run's last step.
+        num_ranks: ranks in the world.
+        device: this rank's device, in words.
+        peak_flops: FLOP/s of matrix products measured on this rank.
+        paceline: version of this package.
+        torch: version of torch.
+    """
+
+    kind: ClassVar[str] = "run"
+    model: str
+    first_step: int
+    num_steps: int
+    num_ranks: int
+    device: str
+    peak_flops: float
+    paceline: str
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord(Record):
+    """A step is done.
+
+    Attributes:
+        step: from 1.
+        loss: mean over the step's valid tokens.
+        grad_norm: before the clip.
+        clip_factor: what the gradient was multiplied by.
+        learning_rate: of this step.
+        tokens: of this step, over all ranks.
+        valid_tokens: those with a loss.
+        tokens_per_s: over all ranks.
+        time_s: of this step.
+        peak_share: this rank's model FLOP/s over its measured peak (MFU).
+        memory_bytes: the most this rank has held.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float
+    grad_norm: float
+    clip_factor: float
+    learning_rate: float
+    tokens: int
+    valid_tokens: int
+    tokens_per_s: float
+    time_s: float
+    peak_share: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveRecord(Record):
+    """A checkpoint is complete.
+
+    Attributes:
+        step: that it holds.
+        path: where it is.
+        time_s: that training stood still.
+    """
+
+    kind: ClassVar[str] = "save"
+    step: int
+    path: str
+    time_s: float

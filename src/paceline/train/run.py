@@ -1,0 +1,82 @@
+"""The run folder: what a run is, so that it can be resumed and exported by its path alone.
+
+    plan.toml                  the plan, every key written out
+    run.toml                   model, data and number of steps
+    model/                     the model's small files: config, tokenizer
+    records/rank-*.jsonl       what happened
+    checkpoints/step-N/        complete when manifest.json is there
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.core.config import Config
+from paceline.core.errors import UsageError
+from paceline.core.files import write_text
+from paceline.models.hf import SMALL_FILES
+from paceline.plan.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Config):
+    """What a run trains, on what, for how long.
+
+    Attributes:
+        model: a MODEL argument.
+        data: a SRC argument.
+        steps: optimizer steps of the whole run.
+    """
+
+    model: str
+    data: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def records(self, rank: int) -> Path:
+        return self.path / "records" / f"rank-{rank}.jsonl"
+
+    def start(self, config: RunConfig, plan: Plan, model_files: dict[str, str]) -> None:
+        """Writes what the run is.
+
+        Raises:
+            UsageError: the folder holds a run already.
+        """
+        self.require_new()
+        for name, text in model_files.items():
+            write_text(self.path / "model" / name, text)
+        write_text(self.path / "plan.toml", plan.to_toml())
+        write_text(self.path / "run.toml", config.to_toml())
+
+    def require_new(self) -> None:
+        """Raises UsageError if the folder holds a run already."""
+        if (self.path / "run.toml").exists():
+            hint = f"paceline train --resume {self.path}, or another --out"
+            raise UsageError(f"{self.path} holds a run already", hint=hint)
+
+    def read(self) -> tuple[RunConfig, Plan]:
+        """What the run is.
+
+        Raises:
+            UsageError: not a run folder.
+        """
+        if not (self.path / "run.toml").exists():
+            raise UsageError(f"{self.path} is not a run folder: it has no run.toml")
+        config = RunConfig.from_toml(self.path / "run.toml")
+        return config, Plan.from_toml(self.path / "plan.toml")
+
+    def model_files(self) -> dict[str, str]:
+        """The model's small files, name to text."""
+        paths = [self.path / "model" / name for name in SMALL_FILES]
+        return {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}

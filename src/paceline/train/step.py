@@ -1,0 +1,77 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.data.batch import Batch
+from paceline.dist.world import World
+from paceline.optim.scale import LossScale, clip, global_norm
+from paceline.train.objective.base import Objective
+from paceline.train.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did; the same on every rank.
+
+    Attributes:
+        loss: mean over the step's valid tokens.
+        grad_norm: norm of the whole gradient before the clip.
+        clip_factor: what the gradient was multiplied by.
+        valid_tokens: tokens that had a loss, over all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    clip_factor: float
+    valid_tokens: int
+
+
+def train_step(
+    state: State,
+    batches: Sequence[Batch],
+    objective: Objective,
+    world: World,
+    *,
+    learning_rate: float,
+    max_norm: float,
+) -> StepResult:
+    """Accumulates the gradient over this rank's micro-batches and moves the weights."""
+    result = compute_gradients(state, batches, objective, world, max_norm=max_norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return result
+
+
+def compute_gradients(
+    state: State,
+    batches: Sequence[Batch],
+    objective: Objective,
+    world: World,
+    *,
+    max_norm: float,
+) -> StepResult:
+    """Leaves the clipped gradient of the step's mean loss in the parameters."""
+    model = state.model
+    scale = LossScale(sum(batch.count for batch in batches), world)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch in batches:
+        loss = objective(model.module, batch.to(world.device))
+        scale.scaled(loss).backward()
+        loss_sum += loss.detach()
+    model.data.finish_gradients(model.module)
+    parameters = model.trained_parameters()
+    norm = global_norm(parameters, model.data.split_axes, world)
+    return StepResult(
+        loss=scale.mean_loss(loss_sum),
+        grad_norm=norm,
+        clip_factor=clip(parameters, norm, max_norm),
+        valid_tokens=scale.count,
+    )

@@ -1,0 +1,185 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+import paceline
+from paceline.checkpoint import store
+from paceline.core.clock import Clock, WallClock
+from paceline.core.env import cache_folder
+from paceline.core.record import RecordWriter
+from paceline.data.loader import Loader
+from paceline.data.tokens import TokenStore, tokenize
+from paceline.dist.world import World
+from paceline.kernels.device import (
+    choose_dtype,
+    describe,
+    measure_peak_flops,
+    peak_memory_bytes,
+    synchronize,
+)
+from paceline.models.hub import ModelSource
+from paceline.optim import OPTIMIZERS
+from paceline.optim.schedule import learning_rate
+from paceline.parallel.apply import apply
+from paceline.plan.plan import Plan
+from paceline.train.objective.base import Objective
+from paceline.train.objective.next_token import next_token
+from paceline.train.records import RunRecord, SaveRecord, StepRecord
+from paceline.train.run import RunConfig, RunFolder
+from paceline.train.state import State
+from paceline.train.step import StepResult, train_step
+
+
+class Trainer:
+    """Trains a model as a plan says; every rank makes one.
+
+    Args:
+        source: the model.
+        config: what is trained on, and for how long.
+        plan: how; it has been checked.
+        world: the ranks.
+        folder: the run's folder.
+        objective: what is trained for.
+        clock: what time is read from.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        config: RunConfig,
+        plan: Plan,
+        world: World,
+        folder: RunFolder,
+        *,
+        objective: Objective = next_token,
+        clock: Clock | None = None,
+    ) -> None:
+        self.source, self.config, self.plan = source, config, plan
+        self.world, self.folder = world, folder
+        self.objective = objective
+        self.clock = clock or WallClock()
+        model = apply(source.spec, source.weights, plan, world)
+        optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer)
+        self.state = State(model, optimizer)
+        end_token = source.tokenizer.eos_ids[0]
+        self.loader = Loader(_tokens(source, config, world), plan, end_token=end_token)
+        self._records = RecordWriter(folder.records(world.rank))
+        self._peak_flops = 0.0
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes up the state that a checkpoint holds."""
+        manifest = store.load(checkpoint, self.state.tensors(), self.world)
+        self.state.step = manifest.step
+
+    def run(self) -> StepRecord | None:
+        """Takes the steps that are left and returns the last one's record."""
+        self._begin()
+        record = None
+        while self.state.step < self.config.steps:
+            start_s = self.clock.now_s()
+            step = self.state.step + 1
+            rate = learning_rate(self.plan.optimizer, step, self.config.steps)
+            result = train_step(
+                self.state,
+                self.loader.microbatches(step, self.world.data_index),
+                self.objective,
+                self.world,
+                learning_rate=rate,
+                max_norm=self.plan.optimizer.clip_norm,
+            )
+            synchronize(self.world.device)
+            record = self._observe(result, rate, self.clock.now_s() - start_s)
+            if self._is_save_due():
+                self._save()
+        self._records.close()
+        return record
+
+    def _begin(self) -> None:
+        dtype = choose_dtype(self.plan.precision.compute, self.world.device)
+        self._peak_flops = measure_peak_flops(self.world.device, dtype)
+        self._records.write(
+            RunRecord(
+                model=self.config.model,
+                first_step=self.state.step + 1,
+                num_steps=self.config.steps,
+                num_ranks=self.world.mesh.num_ranks,
+                device=describe(self.world.device),
+                peak_flops=self._peak_flops,
+                paceline=paceline.__version__,
+                torch=torch.__version__,
+            )
+        )
+
+    def _observe(self, result: StepResult, rate: float, time_s: float) -> StepRecord:
+        tokens = self.plan.train.tokens_per_step
+        flops = tokens * self.source.spec.model_flops_per_token(self.plan.train.sequence_length)
+        flops_per_s = flops / self.world.mesh.num_ranks / time_s
+        record = StepRecord(
+            step=self.state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            clip_factor=result.clip_factor,
+            learning_rate=rate,
+            tokens=tokens,
+            valid_tokens=result.valid_tokens,
+            tokens_per_s=tokens / time_s,
+            time_s=time_s,
+            peak_share=flops_per_s / self._peak_flops,
+            memory_bytes=peak_memory_bytes(self.world.device),
+        )
+        self._records.write(record)
+        if self.world.is_first:
+            print(log_line(record, self.config.steps), file=sys.stderr, flush=True)  # noqa: T201
+        return record
+
+    def _is_save_due(self) -> bool:
+        interval = self.plan.checkpoint.interval_steps
+        assert isinstance(interval, int)
+        return self.state.step % interval == 0 or self.state.step == self.config.steps
+
+    def _save(self) -> None:
+        start_s = self.clock.now_s()
+        path = store.save(
+            self.folder.checkpoints,
+            self.state.step,
+            self.state.tensors(),
+            self.plan,
+            self.source.spec,
+            self.world,
+        )
+        time_s = self.clock.now_s() - start_s
+        self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
+        if self.world.is_first:
+            print(f"saved {path} in {time_s:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def log_line(record: StepRecord, num_steps: int) -> str:
+    """A step as a person reads it."""
+    left = timedelta(seconds=round((num_steps - record.step) * record.time_s))
+    return (
+        f"step {record.step}/{num_steps}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}  "
+        f"{record.tokens_per_s:,.0f} tokens/s  {record.peak_share:.0%} of peak  "
+        f"{record.memory_bytes / 2**30:.2f} GiB  eta {left}"
+    )
+
+
+def _tokens(source: ModelSource, config: RunConfig, world: World) -> TokenStore:
+    """The tokenised data; the first rank makes it, the others find it in the cache."""
+    if not world.is_first:
+        world.barrier()
+    tokens = tokenize(
+        config.data,
+        source.tokenizer,
+        identity=source.files["tokenizer.json"],
+        end_token=source.tokenizer.eos_ids[0],
+        cache=cache_folder() / "tokens",
+    )
+    if world.is_first:
+        world.barrier()
+    return tokens

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import importlib
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from paceline.core.config import Config
+from paceline.core.errors import ConfigError
+from paceline.plan import check as rules
+from paceline.plan.check import NAMED, NOT_BUILT, check, require, value_at
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan
+
+REFUSED = "is not built in this version"
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=64,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    d_ffn=32,
+    max_positions=512,
+)
+
+
+def plan_with(*settings: tuple[str, Any]) -> Plan:
+    data: dict[str, Any] = {}
+    for path, value in settings:
+        *tables, key = path.split(".")
+        table = data
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = value
+    return Plan.from_dict(data)
+
+
+def hint_at(path: str) -> Any:
+    owner, _, key = path.rpartition(".")
+    return get_type_hints(type(value_at(Plan(), owner)))[key]
+
+
+def literals(hint: Any) -> Iterator[Any]:
+    for member in get_args(hint):
+        yield from [member] if get_origin(hint) is Literal else literals(member)
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[str]:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        path = prefix + field.name
+        yield from leaves(value, f"{path}.") if isinstance(value, Config) else [path]
+
+
+def unbuilt_plans(path: str) -> list[Plan]:
+    """Plans that parse and differ from what is built in the value at `path` alone."""
+    plans = []
+    for value in [*literals(hint_at(path)), False, True, 2, "other", [3], ["disk", "other"]]:
+        try:
+            plan = plan_with((path, value))
+        except ConfigError:
+            continue  # of another type
+        if value_at(plan, path) not in NOT_BUILT[path]:
+            plans.append(plan)
+    return plans
+
+
+def summary(plan: Plan, **known: Any) -> list[tuple[str, str]]:
+    return [(problem.path, problem.rule) for problem in check(plan, **known)]
+
+
+def test_the_default_plan_is_sound():
+    assert check(Plan()) == []
+    assert check(Plan(), SPEC, num_ranks=1) == []
+    require(Plan(), SPEC, num_ranks=1)
+
+
+@pytest.mark.parametrize("path", NOT_BUILT)
+def test_what_is_not_built_is_refused_by_its_path(path):
+    plans = unbuilt_plans(path)
+    assert plans, "the entry refuses nothing: drop it"
+    for plan in plans:
+        (problem,) = check(plan)
+        assert (problem.path, problem.rule) == (path, REFUSED)
+        assert problem.hint
+
+
+@pytest.mark.parametrize("path", NOT_BUILT)
+def test_what_is_built_is_not_refused(path):
+    assert value_at(Plan(), path) in NOT_BUILT[path]
+    for value in NOT_BUILT[path]:
+        plan = plan_with((path, list(value) if isinstance(value, tuple) else value))
+        assert (path, REFUSED) not in summary(plan)
+
+
+def test_the_hint_of_what_is_not_built_says_what_is():
+    assert check(plan_with(("mesh.tp", 2)))[0].hint == "use 1"
+    assert check(plan_with(("zero.stage", 2)))[0].hint == "use 0, 3"
+    assert check(plan_with(("pipeline.stage_cuts", [1])))[0].hint == "leave it out"
+    (problem,) = check(plan_with(("checkpoint.levels", ["memory", "disk"])))
+    assert (problem.value, problem.hint) == ('["memory", "disk"]', 'use ["disk"]')
+    (problem,) = check(plan_with(("checkpoint.interval_steps", "auto")))
+    assert (problem.path, problem.rule) == ("checkpoint.interval_steps", REFUSED)
+    assert problem.hint == "give a number of steps"
+
+
+@pytest.mark.parametrize("path", rules.POSITIVE)
+def test_zero_is_refused_where_a_quantity_must_be_positive(path):
+    for value in (0, -1):
+        assert (path, "must be positive") in summary(plan_with((path, value)))
+
+
+@pytest.mark.parametrize("path", rules.NOT_NEGATIVE)
+def test_zero_is_accepted_where_a_quantity_must_not_be_negative(path):
+    assert summary(plan_with((path, 0))) == []
+    assert summary(plan_with((path, -1))) == [(path, "must not be negative")]
+
+
+@pytest.mark.parametrize("path", ["pipeline.num_microbatches", "checkpoint.interval_steps"])
+def test_counts_that_may_be_absent_must_be_positive(path):
+    assert summary(plan_with((path, 1))) == []
+    for value in (0, -1):
+        assert summary(plan_with((path, value))) == [(path, "must be positive")]
+
+
+@pytest.mark.parametrize("value", [-1, math.nan])
+def test_no_number_may_be_negative_or_nan(value):
+    num_plans, accepted = 0, []
+    for path in leaves(Plan()):
+        for candidate in (value, [value, 0.5], [0.5, value]):
+            try:
+                plan = plan_with((path, candidate))
+            except ConfigError:
+                continue  # of another type
+            num_plans += 1
+            if path not in [problem.path for problem in check(plan)]:
+                accepted.append((path, candidate))
+    assert num_plans > 5
+    assert accepted == []
+
+
+@pytest.mark.parametrize("betas", [[], [0.9], [0.9, 0.9, 0.9], [1.0, 0.9], [0.9, 1.0], [-0.1, 0]])
+def test_betas_are_two_numbers_below_one(betas):
+    plan = plan_with(("optimizer.betas", betas))
+    assert summary(plan) == [("optimizer.betas", "must be two numbers from 0 to below 1")]
+    assert check(plan_with(("optimizer.betas", [0, 0]))) == []
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_names_come_from_their_familys_table(path):
+    module, attribute = NAMED[path].split(":")
+    table = getattr(importlib.import_module(module), attribute)
+    for name in table:
+        assert check(plan_with((path, name))) == []
+        near = name + "x"
+        (problem,) = check(plan_with((path, near)))
+        assert (problem.path, problem.rule) == (path, f"is no {table.kind}")
+        assert problem.hint.startswith("did you mean ")
+        assert name in problem.hint
+
+
+def test_all_problems_of_single_keys_are_told_at_once():
+    plan = plan_with(
+        ("train.seed", -1),
+        ("optimizer.lr", 0),
+        ("optimizer.betas", [0.9]),
+        ("optimizer.name", "none of ours"),
+        ("mesh.tp", 2),
+        ("serve.mesh.pp", 2),
+        ("train.tokens_per_step", 1000),  # a rule between keys: told once the others are mended
+    )
+    assert sorted(problem.path for problem in check(plan)) == [
+        "mesh.tp",
+        "optimizer.betas",
+        "optimizer.lr",
+        "optimizer.name",
+        "serve.mesh.pp",
+        "train.seed",
+    ]
+
+
+def test_all_problems_between_keys_are_told_at_once():
+    plan = plan_with(
+        ("zero.stage", 3),
+        ("train.sequence_length", 1024),
+        ("train.tokens_per_step", 1000),
+        ("precision.params", "float64"),
+    )
+    with pytest.raises(ConfigError, match=r"5 problems in plan\.toml:") as caught:
+        require(plan, SPEC, num_ranks=8, source="plan.toml")
+    assert caught.value.problems == tuple(check(plan, SPEC, num_ranks=8))
+    assert sorted(problem.path for problem in caught.value.problems) == [
+        "mesh",
+        "precision.params",
+        "train.sequence_length",
+        "train.tokens_per_step",
+        "zero.stage",
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4, 12])
+def test_the_ranks_must_be_those_of_the_mesh(num_ranks):
+    plan = plan_with(
+        ("mesh.dp_replicate", 2), ("mesh.dp_shard", 3), ("train.tokens_per_step", 512 * 6)
+    )
+    assert check(plan) == check(plan, num_ranks=6) == []
+    (problem,) = check(plan, num_ranks=num_ranks)
+    assert (problem.path, problem.value) == ("mesh", "6")
+    degrees = "pp 1 x dp_replicate 2 x dp_shard 3 x cp 1 x tp 1"
+    assert problem.rule == f"{degrees} needs 6 rank(s), but there are {num_ranks}"
+    assert "start 6 rank(s)" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"), [(1500, "use 1024 or 2048"), (512, "use 1024"), (1025, "use 1024 or 2048")]
+)
+def test_a_step_must_be_whole_sequences_on_every_data_rank(tokens, hint):
+    settings = [("mesh.dp_replicate", 2), ("train.sequence_length", 512)]
+    (problem,) = check(plan_with(*settings, ("train.tokens_per_step", tokens)))
+    assert problem.path == "train.tokens_per_step"
+    assert problem.value == str(tokens)
+    assert problem.rule == "must be a multiple of sequence_length x data ranks = 1024"
+    assert problem.hint == hint
+    assert check(plan_with(*settings, ("train.tokens_per_step", 1024))) == []
+
+
+def test_microbatches_must_divide_the_sequences_of_a_rank():
+    settings = [("mesh.dp_shard", 2), ("train.tokens_per_step", 12 * 512)]
+    for count in (1, 2, 3, 6):
+        assert check(plan_with(*settings, ("pipeline.num_microbatches", count))) == []
+    for count in (4, 5, 12):
+        (problem,) = check(plan_with(*settings, ("pipeline.num_microbatches", count)))
+        assert (problem.path, problem.value) == ("pipeline.num_microbatches", str(count))
+        assert problem.rule == "must divide the 6 sequences of a rank's step"
+        assert problem.hint == "one of 1, 2, 3, 6"
+
+
+def test_sharing_state_needs_ranks_to_share_it():
+    (problem,) = check(plan_with(("zero.stage", 3)))
+    assert problem.path == "zero.stage"
+    assert problem.hint
+    assert check(plan_with(("zero.stage", 0))) == []
+    assert check(plan_with(("zero.stage", 3), ("mesh.dp_shard", 2))) == []
+    assert check(plan_with(("zero.stage", 0), ("mesh.dp_shard", 2))) == []
+
+
+@pytest.mark.parametrize("key", ["params", "compute", "reduce"])
+@pytest.mark.parametrize("other", ["float32", "float64"])
+def test_float64_is_for_all_or_none(key, other):
+    precision = dict.fromkeys(["params", "compute", "reduce"], other)
+    settings = [(f"precision.{name}", value) for name, value in precision.items()]
+    assert check(plan_with(*settings)) == []
+    mixed = "float32" if other == "float64" else "float64"
+    problems = summary(plan_with(*settings, (f"precision.{key}", mixed)))
+    rule = "float64 is for params, compute and reduce alike"
+    assert problems == [("precision.params", rule)]
+
+
+def test_a_sequence_must_fit_the_models_context():
+    assert check(plan_with(("train.sequence_length", 512)), SPEC) == []
+    longer = plan_with(("train.sequence_length", 1024))
+    assert check(longer) == []
+    rule = "exceeds the model's context of 512 tokens"
+    assert summary(longer, spec=SPEC) == [("train.sequence_length", rule)]
+
+
+@pytest.mark.ranks
+def test_checking_a_plan_needs_no_torch():
+    script = (
+        "import sys; from paceline.plan import batch, check, plan;"
+        "check.check(plan.Plan()); batch.batch_shape(plan.Plan());"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
