@@ -1,0 +1,65 @@
+"""From logits to a token: the only home of temperature, top-k and top-p.
+
+A sample is argmax(log p + Gumbel noise) (Gumbel-max), and the noise is a function of the seed,
+the answer's number and the token's position. So what is sampled does not depend on what else
+runs, on how a prompt is cut into chunks, or on who proposes the token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paceline.core import rng
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; else logits are divided by it.
+        top_k: how many of the most likely tokens are kept; 0 for all.
+        top_p: the most likely tokens are kept until their probabilities reach it.
+        seed: of the noise.
+        stream: which of several answers with one seed this is.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stream: int = 0
+
+
+def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
+    """The token at a position.
+
+    Args:
+        logits_V: of the model, in any dtype and on any device.
+        params: how to choose.
+        position: index of the new token in its sequence, the prompt included.
+    """
+    if params.temperature == 0:
+        return int(logits_V.argmax())
+    scores_V = processed_logits(logits_V, params)
+    noise = rng.gumbel(
+        len(scores_V), seed=params.seed, purpose="sample", stream=params.stream, position=position
+    )
+    return int((scores_V + torch.from_numpy(noise)).argmax())
+
+
+def processed_logits(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """Unnormalised log-probabilities after temperature, then top-k, then top-p; float64, CPU."""
+    scores_V = logits_V.to("cpu", torch.float64) / params.temperature
+    if 0 < params.top_k < len(scores_V):
+        threshold = torch.topk(scores_V, params.top_k).values[-1]
+        scores_V = scores_V.masked_fill(scores_V < threshold, -torch.inf)
+    if params.top_p < 1.0:
+        sorted_V, order_V = scores_V.sort(descending=True, stable=True)
+        probs_V = sorted_V.softmax(dim=0)
+        before_V = probs_V.cumsum(dim=0) - probs_V
+        scores_V = scores_V.index_fill(0, order_V[before_V >= params.top_p], -torch.inf)
+    return scores_V
