@@ -100,6 +100,7 @@ def test_absent_keys_mean_defaults_and_none_is_absent():
     data = Tree().to_dict()
     assert not {"text", "ratios", "extra", "stage"} & set(data)
     assert data["leaf"] == {"number": 1, "scale": 1.0}
+    assert data["texts"] == []  # a list, as in TOML and JSON
     assert Tree.from_dict({"stage": None}) == Tree()
 
 

@@ -97,17 +97,19 @@ def test_a_file_appears_whole_under_its_name_alone(tmp_path):
         with files.new_file(path) as temporary:
             temporary.write_bytes(content)
             assert temporary.parent == path.parent  # a rename must not cross file systems
+            assert temporary.name.startswith(".file.")  # out of the way of `*`
             assert not path.exists() or path.read_bytes() == b"new"
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_appears_whole_under_its_name_alone(tmp_path):
-    path = tmp_path / "a" / "folder"
+    path = tmp_path / "a" / "b" / "folder"
     with files.new_folder(path) as temporary:
         (temporary / "sub").mkdir()
         (temporary / "sub" / "part").write_text("whole")
         assert temporary.parent == path.parent
+        assert temporary.name.startswith(".folder.")
         assert not path.exists()
     assert (path / "sub" / "part").read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]

@@ -52,11 +52,20 @@ def test_a_draw_depends_on_its_coordinates_alone(here, elsewhere, count):
 
 
 @pytest.mark.parametrize("change", HERE)
-def test_each_coordinate_changes_every_word(change):
-    words = rng.bits(1000, **HERE)
-    others = rng.bits(1000, **{**HERE, change: ELSEWHERE[change]})
-    assert not set(words.tolist()) & set(others.tolist())
-    # Nor may the parts of a key run together.
+@pytest.mark.parametrize("draw", [rng.bits, rng.uniform, rng.gumbel, rng.normal])
+def test_each_coordinate_changes_every_draw(draw, change):
+    draws = draw(1000, **HERE)
+    others = draw(1000, **{**HERE, change: ELSEWHERE[change]})
+    assert not set(draws.tolist()) & set(others.tolist())
+
+
+@pytest.mark.parametrize("draw", [rng.bits, rng.uniform, rng.gumbel, rng.normal])
+def test_stream_and_position_are_0_unless_told(draw):
+    key = {"seed": 1, "purpose": "test"}
+    assert np.array_equal(draw(9, **key), draw(9, **key, stream=0, position=0))
+
+
+def test_the_parts_of_a_key_do_not_run_together():
     word = rng.bits(1, seed=1, purpose="x", stream=11)
     assert word != rng.bits(1, seed=11, purpose="x", stream=1)
     assert word != rng.bits(1, seed=1, purpose="x1", stream=1)
@@ -118,6 +127,13 @@ def test_normal_draws_are_standard_and_independent():
 def test_a_permutation_holds_every_index_once(count, seed, epoch):
     order = rng.permutation(count, seed=seed, purpose="shuffle", stream=epoch)
     assert sorted(order.tolist()) == list(range(count))
+
+
+def test_each_coordinate_changes_a_permutation():
+    here = {"seed": 1, "purpose": "shuffle", "stream": 0}
+    order = rng.permutation(100, **here)
+    for change, value in {"seed": 2, "purpose": "other", "stream": 1}.items():
+        assert not np.array_equal(rng.permutation(100, **{**here, change: value}), order)
 
 
 def test_permutations_favour_no_index():

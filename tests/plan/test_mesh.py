@@ -27,6 +27,7 @@ def test_a_mesh_by_hand():
     assert mesh.coordinate(39) == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 0, "tp": 3}
     assert mesh.data_index(39) == 3
     assert tuple(mesh.coordinate(0)) == AXES
+    assert MeshConfig().to_dict() == dict.fromkeys([*AXES, "ep"], 1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -54,6 +55,27 @@ def test_every_data_index_is_held_by_the_ranks_of_one_model(mesh):
         place = mesh.coordinate(rank)
         index = place["dp_replicate"] * mesh.dp_shard + place["dp_shard"]
         assert data_indices[rank] == index  # wherever it sits on pp, cp and tp
+
+
+def test_groups_by_hand():
+    mesh = MeshConfig(dp_shard=2, tp=3)
+    assert mesh.groups(("tp",)) == [(0, 1, 2), (3, 4, 5)]
+    assert mesh.groups(("dp_shard",)) == [(0, 3), (1, 4), (2, 5)]
+    assert mesh.groups(("tp", "dp_shard")) == [(0, 1, 2, 3, 4, 5)]
+    assert mesh.groups(("pp",)) == mesh.groups(()) == [(rank,) for rank in range(6)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(MESHES, st.sets(st.sampled_from(AXES)))
+def test_groups_part_the_ranks_into_those_that_differ_on_their_axes_alone(mesh, axes):
+    groups = mesh.groups(tuple(axes))
+    assert sorted(rank for group in groups for rank in group) == list(range(mesh.num_ranks))
+    size = math.prod(mesh.shape[AXES.index(axis)] for axis in axes)
+    for group in groups:
+        assert list(group) == sorted(group)
+        assert len(group) == size
+        places = [mesh.coordinate(rank) for rank in group]
+        assert all(place[a] == places[0][a] for place in places for a in AXES if a not in axes)
 
 
 @pytest.mark.parametrize("rank", [-1, 6])

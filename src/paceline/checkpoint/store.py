@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +30,12 @@ from paceline.plan.plan import Plan
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], plan: Plan, spec: ModelSpec, world: World
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    spec: ModelSpec,
+    world: World,
 ) -> Path:
     """Writes ``folder/step-N``; called by every rank.
 
@@ -145,7 +149,7 @@ def _drop_old(folder: Path, keep: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silences what torch says of a process without a group, which is what we asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")

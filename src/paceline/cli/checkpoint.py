@@ -11,7 +11,9 @@ import typer
 from paceline.cli.options import Json, print_json
 
 app = typer.Typer(
-    help="Look into checkpoints, check them, export them.", no_args_is_help=True, rich_markup_mode=None
+    help="Look into checkpoints, check them, export them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, or one checkpoint.")]
 

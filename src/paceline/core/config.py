@@ -61,14 +61,7 @@ class Config:
         data = self.to_dict()
         for assignment in assignments:
             keys, value = _parse_assignment(assignment)
-            table = data
-            for depth, key in enumerate(keys[:-1]):
-                table = table.setdefault(key, {})
-                if not isinstance(table, dict):
-                    path = ".".join(keys[: depth + 1])
-                    rule = "is a value, not a table"
-                    raise ConfigError([Problem(path, str(table), rule)], source=source)
-            table[keys[-1]] = value
+            _table_at(data, keys[:-1], source)[keys[-1]] = value
         return type(self).from_dict(data, source=source)
 
 
@@ -91,6 +84,17 @@ def _parse_assignment(text: str) -> tuple[list[str], Any]:
         return keys, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return keys, value.strip()
+
+
+def _table_at(data: dict[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
+    """The table that a path leads to, made if need be."""
+    for depth, key in enumerate(keys):
+        found = data.setdefault(key, {})
+        if not isinstance(found, dict):
+            path, rule = ".".join(keys[: depth + 1]), "is a value, not a table"
+            raise ConfigError([Problem(path, _show(found), rule)], source=source)
+        data = cast("dict[str, Any]", found)
+    return data
 
 
 def _plain(value: Any) -> Any:

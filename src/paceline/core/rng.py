@@ -6,7 +6,7 @@ rank, and its bits are the same on every machine. The key is a hash of (seed, pu
 the counter holds the position.
 
 - `seed`: the user's number.
-- `purpose`: what the draw is for ("sample", "initialise", "shuffle"); two purposes never share bits.
+- `purpose`: what the draw is for ("sample", "initialise", "shuffle"); two never share bits.
 - `stream`: which of several parallel sequences (a parameter's name, an epoch, the n-th answer).
 - `position`: where in the stream (the token's position in its sequence, a step).
 """
@@ -58,8 +58,6 @@ def normal(
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def permutation(
-    count: int, *, seed: int, purpose: str, stream: str | int = 0
-) -> NDArray[np.int64]:
+def permutation(count: int, *, seed: int, purpose: str, stream: str | int = 0) -> NDArray[np.int64]:
     """A permutation of ``range(count)``: the order of `count` random words."""
     return np.argsort(bits(count, seed=seed, purpose=purpose, stream=stream), kind="stable")

@@ -72,6 +72,4 @@ class Loader:
         return int(self._order(epoch)[index])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return rng.permutation(
-            len(self._rows), seed=self._seed, purpose="shuffle", stream=epoch
-        )
+        return rng.permutation(len(self._rows), seed=self._seed, purpose="shuffle", stream=epoch)

@@ -39,7 +39,9 @@ def source_files(source: str) -> list[Path]:
         raise UsageError(f"{path}: no such file or folder", hint=f"a path, or {_STDLIB}")
     files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
     if not files:
-        raise UsageError(f"{path} holds no text", hint=f"files ending in {' '.join(_TEXT_SUFFIXES)}")
+        raise UsageError(
+            f"{path} holds no text", hint=f"files ending in {' '.join(_TEXT_SUFFIXES)}"
+        )
     return files
 
 
@@ -84,7 +86,15 @@ def _read_jsonl(file: Path) -> Iterator[str]:
 def _standard_library() -> list[Path]:
     """Its source without its tests, some of which are broken on purpose."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    skipped = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "__pycache__",
+    }
     return sorted(
         file for file in root.rglob("*.py") if skipped.isdisjoint(file.relative_to(root).parts)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,7 @@ class TextEncoder(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
 
+@dataclass(frozen=True, slots=True)
 class TokenStore:
     """The tokens of a source, document after document.
 
@@ -35,9 +37,13 @@ class TokenStore:
         ends: index after the last token of each document.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.tokens: NDArray[np.uint32] = np.load(folder / "tokens.npy", mmap_mode="r")
-        self.ends: NDArray[np.int64] = np.load(folder / "ends.npy")
+    tokens: NDArray[np.uint32]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        """Maps the files of a folder."""
+        return cls(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "ends.npy"))
 
 
 def tokenize(
@@ -56,7 +62,7 @@ def tokenize(
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
         _write(source, encoder, end_token, folder)
-    return TokenStore(folder)
+    return TokenStore.open(folder)
 
 
 def _write(source: str, encoder: TextEncoder, end_token: int, folder: Path) -> None:
@@ -77,7 +83,9 @@ def _batches(source: str) -> Iterator[list[str]]:
     texts: list[str] = []
     characters = 0
     console = Console(stderr=True)
-    for file in track(source_files(source), f"tokenising {source}", console=console, transient=True):
+    for file in track(
+        source_files(source), f"tokenising {source}", console=console, transient=True
+    ):
         for text in read_documents(file):
             texts.append(text)
             characters += len(text)

@@ -72,7 +72,9 @@ class ContiguousCache:
         store_2BSKH[1, :, start:end] = v_BTKH
         mask_TS = None
         if start and end - start > 1:  # a chunk after the first: torch's causal flag is for squares
-            mask_TS = torch.ones(end - start, end, dtype=torch.bool, device=q_BTNH.device).tril(start)
+            mask_TS = torch.ones(end - start, end, dtype=torch.bool, device=q_BTNH.device).tril(
+                start
+            )
         return scaled_dot_product(
             q_BTNH,
             store_2BSKH[0, :, :end],

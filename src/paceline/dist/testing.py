@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -71,7 +71,7 @@ def _run_rank(
 
 
 def _collect(
-    receivers: list[Connection], processes: list[BaseProcess], timeout_s: float
+    receivers: Sequence[Connection], processes: Sequence[BaseProcess], timeout_s: float
 ) -> list[Any]:
     results: dict[int, Any] = {}
     deadline_s = time.monotonic() + timeout_s

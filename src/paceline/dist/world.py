@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -79,7 +79,7 @@ class World:
 
 
 @contextmanager
-def open_world(mesh: MeshConfig, device: torch.device) -> Iterator[World]:
+def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
     """Joins the ranks that a launcher has started; alone where none has.
 
     Args:
@@ -113,10 +113,7 @@ def _subgroup(
     mesh: MeshConfig, rank: int, axes: tuple[str, ...]
 ) -> torch.distributed.ProcessGroup:
     """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
-    mine = None
-    for members in mesh.groups(axes):
-        group = torch.distributed.new_group(list(members))
-        if rank in members:
-            mine = group
-    assert mine is not None, f"rank {rank} is in no group over {axes}"
+    made = {members: torch.distributed.new_group(list(members)) for members in mesh.groups(axes)}
+    mine = next(group for members, group in made.items() if rank in members)
+    assert isinstance(mine, torch.distributed.ProcessGroup), f"rank {rank} is not in its group"
     return mine

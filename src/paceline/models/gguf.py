@@ -140,9 +140,11 @@ def _tokenizer(path: Path, reader: gguf.GGUFReader) -> Tokenizer:
 
 
 def _token_ids(reader: gguf.GGUFReader) -> dict[str, int]:
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    fields = {key: reader.get_field(f"tokenizer.ggml.{name}_token_id") for key, name in keys.items()}
-    return {key: int(field.contents()) for key, field in fields.items() if field is not None}
+    ids: dict[str, int] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+        if (field := reader.get_field(f"tokenizer.ggml.{name}_token_id")) is not None:
+            ids[f"{key}_token_id"] = int(field.contents())
+    return ids
 
 
 def _tensors(

@@ -98,7 +98,9 @@ def locate(model: str) -> Path:
         return _converted(path)
     if path.is_dir():
         return path
-    raise UnknownNameError("model", model, [*KNOWN, "random:llama:tiny", "a folder", "a .gguf file"])
+    raise UnknownNameError(
+        "model", model, [*KNOWN, "random:llama:tiny", "a folder", "a .gguf file"]
+    )
 
 
 def read_model_spec(model: str) -> ModelSpec:

@@ -14,9 +14,9 @@ from torch.nn import functional
 class Linear(nn.Linear):
     """``y = x W^T + b`` in the dtype of x."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,9 @@ from torch import Tensor
 from paceline.plan.model_spec import ModelSpec, RopeScaling
 
 
-def rotary_angles(spec: ModelSpec, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    spec: ModelSpec, positions_BT: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for each position, (B, T, 1, H).
 
     Angles are computed in float32 whatever `dtype` is, as the models were trained.

@@ -151,10 +151,12 @@ def bpe_tokenizer(
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control_tokens])
+    added = [AddedToken(token, special=True, normalized=False) for token in control_tokens]
+    backend.add_special_tokens(added)
+    ids = backend.get_vocab(with_added_tokens=True)
     return Tokenizer(
         backend,
-        eos_ids=[backend.token_to_id(token) for token in eos_tokens],
+        eos_ids=[ids[token] for token in eos_tokens],
         chat_template=chat_template,
         special_tokens=special_tokens or {"eos_token": eos_tokens[0]},
     )

@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-    freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
+freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
 """
 
 from __future__ import annotations

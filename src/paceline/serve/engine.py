@@ -33,20 +33,18 @@ class Answer:
         text: without stop strings.
         token_ids: all sampled tokens, the one that ended it included.
         finish_reason: ``stop`` or ``length``.
-        prompt_tokens: length of the prompt.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    prompt_tokens: int
 
 
 class Engine:
     """Serves one model.
 
     `submit` and `cancel` may be called from any thread; either one thread runs `serve`, or the
-    caller runs `step` until the engine `is_idle`.
+    caller runs `drain`.
 
     Args:
         executor: computes steps.
@@ -139,22 +137,18 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers requests on this thread, in their order."""
-        parts: list[list[Delta]] = []
-        prompts: list[int] = []
+        answers: list[list[Delta]] = []
         for request in requests:
             deltas: list[Delta] = []
             self.submit(request, deltas.append)
-            parts.append(deltas)
-            prompts.append(len(request.prompt_ids))
-        while not self.is_idle:
-            self.step()
-        return [_join(deltas, length) for deltas, length in zip(parts, prompts, strict=True)]
+            answers.append(deltas)
+        self.drain()
+        return [join(deltas) for deltas in answers]
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is left to do."""
-        with self._wake:
-            return not (self._requests or self._arrived)
+    def drain(self) -> None:
+        """Computes steps on this thread until every request has ended."""
+        while self._requests or self._arrived:
+            self.step()
 
     @property
     def is_healthy(self) -> bool:
@@ -233,12 +227,12 @@ def _view(state: RequestState) -> RequestView:
     return RequestView(state.id, state.arrival_s, state.num_computed, len(state.tokens))
 
 
-def _join(deltas: Sequence[Delta], prompt_tokens: int) -> Answer:
+def join(deltas: Sequence[Delta]) -> Answer:
+    """The whole answer from its parts."""
     finish_reason = deltas[-1].finish_reason
     assert finish_reason is not None, "an answer without an end"
     return Answer(
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         finish_reason=finish_reason,
-        prompt_tokens=prompt_tokens,
     )

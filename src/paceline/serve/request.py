@@ -141,7 +141,9 @@ def require_servable(request: Request, spec: ModelSpec) -> None:
             hint=f"at most {spec.max_positions - 1} tokens of prompt leave room for an answer",
         )
     if request.max_tokens < 1:
-        raise RequestError(f"max_tokens = {request.max_tokens} must be positive", param="max_tokens")
+        raise RequestError(
+            f"max_tokens = {request.max_tokens} must be positive", param="max_tokens"
+        )
     if length + request.max_tokens > spec.max_positions:
         raise RequestError(
             f"{length} tokens of prompt and {request.max_tokens} of answer exceed the context "

@@ -1,10 +1,10 @@
 """The run folder: what a run is, so that it can be resumed and exported by its path alone.
 
-    plan.toml                  the plan, every key written out
-    run.toml                   model, data and number of steps
-    model/                     the model's small files: config, tokenizer
-    records/rank-*.jsonl       what happened
-    checkpoints/step-N/        complete when manifest.json is there
+plan.toml                  the plan, every key written out
+run.toml                   model, data and number of steps
+model/                     the model's small files: config, tokenizer
+records/rank-*.jsonl       what happened
+checkpoints/step-N/        complete when manifest.json is there
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
     Raises:
         UsageError: a family or a feature that this version does not compute; names it.
     """
-    name = config.get("model_type")
+    name = str(config.get("model_type"))
     if name not in FAMILIES:
-        hint = name_hint(str(name), FAMILIES)
+        hint = name_hint(name, FAMILIES)
         raise UsageError(f"{source}: model_type {name!r} is not built in this version", hint=hint)
     try:
         return family(name).spec_from_config(config)

@@ -34,11 +34,12 @@ class Replicated(DataParallel):
     def finish_gradients(self, model: Decoder) -> None:
         if self.world.mesh.num_data_ranks == 1:
             return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
+        gradients: list[Tensor] = []
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in trained]):
+            gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             self.world.sum(flat, DATA_AXES, purpose="gradients")
             sizes = [gradient.numel() for gradient in bucket]

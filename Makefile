@@ -1,0 +1,31 @@
+# The only entry points. Each sets up what it needs on a fresh machine.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+RUN := $(BIN)/python -m
+
+.PHONY: demo test test-all evidence lint docs bench
+
+demo: $(READY)
+	$(RUN) paceline.cli.demo
+
+test: $(READY)
+	$(RUN) pytest -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(RUN) pytest -m "not gpu"
+
+lint: $(READY)
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) pyright
+	$(BIN)/lint-imports --no-cache
+
+# torch first and alone: on a CPU machine, another package would bring the CUDA build with it.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""HTTP: the engine behind the API that OpenAI's clients speak."""

@@ -1,0 +1,124 @@
+"""From the engine's deltas, which come on its thread, to HTTP bodies on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from paceline.core.errors import RequestError
+from paceline.serve.api.shapes import Envelope, usage
+from paceline.serve.engine import Engine
+from paceline.serve.request import Delta, Request
+
+_DISCONNECT_POLL_S = 0.5
+
+
+class EngineFailedError(Exception):
+    """The engine ended an answer before it was done."""
+
+
+class AnswerStream:
+    """The deltas of one request; leaving it early cancels the request.
+
+    Args:
+        engine: answers.
+        request: has been handed in once this is made.
+
+    Raises:
+        RequestError: the model cannot answer the request.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._is_done = False
+        self._num_tokens = 0
+        self._prompt_tokens = len(request.prompt_ids)
+        self._id = engine.submit(request, self._put)
+
+    def _put(self, delta: Delta) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+
+    async def next(self) -> Delta:
+        """The next part of the answer.
+
+        Raises:
+            EngineFailedError: the answer will not be finished.
+        """
+        delta = await self._queue.get()
+        self._num_tokens += len(delta.token_ids)
+        self._is_done = delta.finish_reason is not None
+        if delta.finish_reason in ("abort", "error"):
+            raise EngineFailedError
+        return delta
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended."""
+        if not self._is_done:
+            self._engine.cancel(self._id)
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_done
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return usage(self._prompt_tokens, self._num_tokens)
+
+
+async def whole_answer(
+    stream: AnswerStream, envelope: Envelope, is_gone: Callable[[], Awaitable[bool]]
+) -> dict[str, Any] | None:
+    """The body of a whole answer, or None if the client has left before it was done."""
+    text, finish_reason = "", None
+    try:
+        while finish_reason is None:
+            waiting = asyncio.ensure_future(stream.next())
+            while not (await asyncio.wait([waiting], timeout=_DISCONNECT_POLL_S))[0]:
+                if await is_gone():
+                    waiting.cancel()
+                    return None
+            delta = waiting.result()
+            text, finish_reason = text + delta.text, delta.finish_reason
+    finally:
+        stream.close()
+    return envelope.body(text, finish_reason, stream.usage)
+
+
+async def event_stream(
+    stream: AnswerStream, envelope: Envelope, *, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: chunks as they come, usage if wanted, ``[DONE]``."""
+    try:
+        if (first := envelope.shape.first()) is not None:
+            yield _event(envelope.chunk(first, None))
+        while not stream.is_done:
+            delta = await stream.next()
+            if delta.text or delta.finish_reason:
+                yield _event(envelope.chunk(envelope.shape.part(delta.text), delta.finish_reason))
+        if with_usage:
+            yield _event(envelope.usage_chunk(stream.usage))
+        yield "data: [DONE]\n\n"
+    except EngineFailedError:
+        yield _event({"error": {"message": "the engine stopped", "type": "server_error"}})
+    finally:
+        stream.close()
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def error_body(message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's API shapes it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def request_error_body(error: RequestError) -> dict[str, Any]:
+    """What a client is told of its mistake."""
+    text = f"{error.message} ({error.hint})" if error.hint else error.message
+    return error_body(text, kind="invalid_request_error", param=error.param)

@@ -1,0 +1,227 @@
+"""Certification: every gradient, weight, loss, norm and clip factor of a plan against the oracle.
+
+The hard cases are always in play, because this field's bugs live there: ranks with unequal numbers
+of valid tokens, accumulation, a clip that bites, a frozen layer, and tied embeddings where the
+model has them. SGD with momentum is run beside AdamW, which hides a wrong scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from paceline.core import rng
+from paceline.data.loader import Loader
+from paceline.data.tokens import TokenStore
+from paceline.dist.testing import run_ranks
+from paceline.dist.world import World
+from paceline.models.families.llama import PRESETS
+from paceline.models.weights import RandomWeights, Weights, build, fill
+from paceline.optim import OPTIMIZERS
+from paceline.optim.schedule import learning_rate
+from paceline.parallel.apply import apply, freeze
+from paceline.plan.batch import batch_shape
+from paceline.plan.mesh import MeshConfig
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan, PrecisionConfig, ZeroConfig
+from paceline.train.objective.next_token import next_token
+from paceline.train.state import State
+from paceline.train.step import StepResult, compute_gradients
+from paceline.verify.compare import gradient_errors, relative_error, weight_errors
+from paceline.verify.oracle import OracleStep, run_oracle
+
+BOUND = 1e-12
+_NUM_STEPS = 2
+_CLIP_NORM = 0.1
+_ADAM_EPS = 1e-4  # a smaller one amplifies rounding where gradients vanish
+_MAX_LENGTH = 33
+_NUM_MICROBATCHES = 3
+_MAX_MICROBATCH_SEQUENCES = 2
+
+CASES = {"sgd, packed": ("sgd", True), "adamw, padded": ("adamw", False)}
+"""Case to its optimizer, and whether documents are packed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How far a plan's training is from the oracle's; largest errors over ranks, steps and cases.
+
+    Attributes:
+        certified: whether all errors are within `BOUND`.
+        max_rel_grad_error: of gradients, and of the gradient's norm and the clip factor.
+        max_rel_param_error: of weights after the steps.
+        loss_error: of losses, relative.
+        worst: the case, step and parameter with the largest error.
+        per_parameter: parameter to its largest gradient error and weight error.
+    """
+
+    certified: bool
+    max_rel_grad_error: float
+    max_rel_param_error: float
+    loss_error: float
+    worst: str
+    per_parameter: dict[str, dict[str, float]]
+
+
+@dataclass(slots=True)
+class _Errors:
+    """Largest errors so far, by what they are of."""
+
+    gradients: dict[str, float]
+    weights: dict[str, float]
+    loss: float
+    worst: tuple[float, str]
+
+    def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
+        for name, error in found.items():
+            error = float("inf") if error != error else error  # NaN is the largest error of all
+            kind[name] = max(kind.get(name, 0.0), error)
+            self.worst = max(self.worst, (error, f"{name}, {where}"))
+
+    def merge(self, other: _Errors) -> None:
+        for mine, theirs in ((self.gradients, other.gradients), (self.weights, other.weights)):
+            for name, error in theirs.items():
+                mine[name] = max(mine.get(name, 0.0), error)
+        self.loss = max(self.loss, other.loss)
+        self.worst = max(self.worst, other.worst)
+
+
+def certify(
+    plan: Plan, spec: ModelSpec | None = None, weights: Weights | None = None
+) -> Certificate:
+    """Trains two steps as the plan lays them out and as the oracle does, and compares.
+
+    Args:
+        plan: its layout is certified; sizes of batches are reduced, precision is float64.
+        spec: sizes of the model; by default a tiny one with odd sizes.
+        weights: of the model; by default random.
+    """
+    spec = spec or PRESETS["tiny"]
+    weights = weights or RandomWeights(spec)
+    errors = _Errors({}, {}, 0.0, (0.0, "none"))
+    for case, (optimizer, pack) in CASES.items():
+        errors.merge(_certify_case(case, _hard(plan, spec, optimizer, pack), spec, weights))
+    gradient_error = max(errors.gradients.values())
+    weight_error = max(errors.weights.values())
+    return Certificate(
+        certified=max(gradient_error, weight_error, errors.loss) <= BOUND,
+        max_rel_grad_error=gradient_error,
+        max_rel_param_error=weight_error,
+        loss_error=errors.loss,
+        worst=f"{errors.worst[1]}: {errors.worst[0]:.1e}",
+        per_parameter={
+            name: {"gradient": errors.gradients.get(name, 0.0), "weight": weight}
+            for name, weight in errors.weights.items()
+        },
+    )
+
+
+def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
+    """The plan in float64, small, with the hard cases in play."""
+    shape = batch_shape(plan)
+    length = min(plan.train.sequence_length, _MAX_LENGTH, spec.max_positions)
+    num_microbatches = plan.pipeline.num_microbatches or _NUM_MICROBATCHES
+    sequences = num_microbatches * min(shape.microbatch_sequences, _MAX_MICROBATCH_SEQUENCES)
+    return replace(
+        plan,
+        precision=PrecisionConfig(params="float64", compute="float64", reduce="float64"),
+        pipeline=replace(plan.pipeline, num_microbatches=num_microbatches),
+        train=replace(
+            plan.train,
+            sequence_length=length,
+            tokens_per_step=length * sequences * shape.num_data_ranks,
+            pack=pack,
+            freeze=plan.train.freeze or ("blocks.0.ffn.*",),
+        ),
+        optimizer=replace(
+            plan.optimizer, name=optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
+        ),
+    )
+
+
+def _certify_case(case: str, plan: Plan, spec: ModelSpec, weights: Weights) -> _Errors:
+    store = _documents(plan, spec)
+    expected = _oracle_steps(plan, spec, weights, store)
+    mesh = plan.mesh
+
+    def run(rank: int) -> _Errors:
+        # Forked ranks see the oracle's results: only errors travel back.
+        world = World(mesh, rank, torch.device("cpu"))
+        return _compare(case, plan, spec, weights, store, world, expected)
+
+    if mesh.num_ranks == 1:
+        return run(0)
+    found = run_ranks(run, mesh.num_ranks, timeout_s=600)
+    for other in found[1:]:
+        found[0].merge(other)
+    return found[0]
+
+
+def _oracle_steps(
+    plan: Plan, spec: ModelSpec, weights: Weights, store: TokenStore
+) -> list[OracleStep]:
+    alone = replace(plan, mesh=MeshConfig(), zero=ZeroConfig())
+    model = build(spec, torch.float64)
+    fill(model, weights, torch.device("cpu"))
+    freeze(model, plan.train.freeze)
+    return run_oracle(model, Loader(store, alone, end_token=0), plan, _NUM_STEPS)
+
+
+def _compare(
+    case: str,
+    plan: Plan,
+    spec: ModelSpec,
+    weights: Weights,
+    store: TokenStore,
+    world: World,
+    expected: list[OracleStep],
+) -> _Errors:
+    """Trains on this rank and compares everything that it can see."""
+    model = apply(spec, weights, plan, world)
+    state = State(model, OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer))
+    loader = Loader(store, plan, end_token=0)
+    errors = _Errors({}, {}, 0.0, (0.0, "none"))
+    for step, oracle in enumerate(expected, start=1):
+        batches = loader.microbatches(step, world.data_index)
+        limit = plan.optimizer.clip_norm
+        result = compute_gradients(state, batches, next_token, world, max_norm=limit)
+        parameters = dict(model.module.named_parameters())
+        gradients = {name: _whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(plan.optimizer, step, _NUM_STEPS)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        where = f"{case}, step {step}, rank {world.rank}"
+        errors.add(errors.gradients, gradient_errors(gradients, oracle.gradients), where)
+        errors.add(errors.gradients, _scale_errors(result, oracle), where)
+        found = {name: _whole(p.detach()) for name, p in parameters.items()}
+        errors.add(errors.weights, weight_errors(found, oracle.weights), where)
+        errors.loss = max(errors.loss, relative_error(result.loss, oracle.loss))
+    return errors
+
+
+def _scale_errors(result: StepResult, oracle: OracleStep) -> dict[str, float]:
+    return {
+        "gradient norm": relative_error(result.grad_norm, oracle.grad_norm),
+        "clip factor": relative_error(result.clip_factor, oracle.clip_factor),
+    }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _documents(plan: Plan, spec: ModelSpec) -> TokenStore:
+    """Documents of random lengths, many shorter than a sequence and some longer."""
+    length, shape = plan.train.sequence_length, batch_shape(plan)
+    count = 4 * shape.sequences_per_step
+    draws = rng.bits(count, seed=plan.train.seed, purpose="verify lengths")
+    lengths = 2 + (draws % np.uint64(2 * length)).astype(np.int64)
+    ids = rng.bits(int(lengths.sum()), seed=plan.train.seed, purpose="verify tokens")
+    tokens = (ids % np.uint64(spec.vocab_size)).astype(np.uint32)
+    return TokenStore(tokens, np.cumsum(lengths))
