@@ -9,7 +9,7 @@ RUN := $(BIN)/python -m
 .PHONY: demo test test-all evidence lint docs bench
 
 demo: $(READY)
-	$(RUN) paceline.cli.demo
+	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(RUN) pytest -m "not slow and not gpu"

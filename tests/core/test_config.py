@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 import pytest
@@ -121,6 +122,7 @@ def test_integers_become_floats_where_floats_are_meant():
         ({"leaf": 3}, ("leaf", "3", "must be a table", "")),
         ({"leaf": {}}, ("leaf.number", "(absent)", "is required", "")),
         ({"text": 3}, ("text", "3", "must be a text", "")),
+        ({"text": date(2026, 1, 2)}, ("text", "2026-01-02", "must be a text", "")),
         ({"texts": "abc"}, ("texts", '"abc"', "must be a list, each a text", "")),
         ({"texts": ["a", 1]}, ("texts", '["a", 1]', "must be a list, each a text", "")),
         ({"stage": 3}, ("stage", "3", "must be one of 0, 1, 2", "")),
@@ -199,9 +201,15 @@ def test_a_malformed_override_is_a_usage_error(assignment):
     [("lef.number=3", "lef"), ("is_on.a=3", "is_on"), ("leaf.number.a.b=3", "leaf.number")],
 )
 def test_an_override_of_nothing_names_its_path(assignment, path):
-    with pytest.raises(ConfigError, match="in the command line:") as caught:
-        Tree().with_overrides([assignment], source="the command line")
+    with pytest.raises(ConfigError, match="in --set:") as caught:
+        Tree().with_overrides([assignment])
     assert [problem.path for problem in caught.value.problems] == [path]
+
+
+def test_a_required_key_is_told_by_its_path():
+    with pytest.raises(ConfigError) as caught:
+        Leaf.from_dict({}, source="here")
+    assert str(caught.value) == "1 problem in here:\nnumber = (absent): is required"
 
 
 def test_configs_are_frozen():

@@ -45,7 +45,6 @@ def make(kind, path, kill_at):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["new_file", "new_folder"])
 def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path, kind):
     whole = make(kind, tmp_path / "whole", kill_at=10**9)
@@ -62,7 +61,6 @@ def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path, kind):
     assert seen == ["nothing"] * num_syncs + ["whole"]
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize("kill_at", [0, 1])
 def test_a_kill_leaves_the_old_file(tmp_path, kill_at):
     path = tmp_path / "file"

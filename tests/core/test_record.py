@@ -99,7 +99,6 @@ for number in itertools.count():
 """
 
 
-@pytest.mark.ranks
 def test_a_killed_writer_leaves_whole_records_in_order(tmp_path):
     path = tmp_path / "records.jsonl"
     command = [sys.executable, "-c", WRITE_FOR_EVER, str(path)]

@@ -58,8 +58,11 @@ def train(
 
     Starts the plan's ranks on this machine; on several, run it under `torchrun --nnodes`.
     """
+    from paceline.dist.launch import follow_launcher, is_launched, launch_ranks
+
+    if is_launched():
+        follow_launcher()  # before the imports below, which take seconds
     from paceline.data.sources import source_files
-    from paceline.dist.launch import end_with_parent, is_launched, launch_ranks
     from paceline.models.hub import resolve
     from paceline.plan.check import require
 
@@ -74,10 +77,9 @@ def train(
     source = resolve(job.config.model, seed=job.plan.train.seed)
     num_ranks = None if is_launched() else nproc
     require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))
-    if is_launched():
-        end_with_parent()
-    elif job.plan.mesh.num_ranks > 1:
+    if job.plan.mesh.num_ranks > 1 and not is_launched():
         launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
+        return
     record = _run(job, source, device)
     if as_json and record is not None:
         print_json(record)

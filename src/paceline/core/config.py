@@ -134,9 +134,10 @@ def _parse_table(
 
 
 def _parse_value(hint: Any, value: Any, path: str, problems: list[Problem]) -> Any:
-    if isinstance(hint, type) and issubclass(hint, Config):
+    tables = [m for m in _members(hint) if isinstance(m, type) and issubclass(m, Config)]
+    if tables and not (value is None and _matches(hint, None)):
         if isinstance(value, Mapping):
-            return _parse_table(hint, cast("Mapping[str, Any]", value), path, problems)
+            return _parse_table(tables[0], cast("Mapping[str, Any]", value), path, problems)
         problems.append(Problem(path, _show(value), "must be a table"))
         return None
     if _matches(hint, value):

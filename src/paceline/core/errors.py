@@ -79,8 +79,8 @@ class ConfigError(UsageError):
         super().__init__(f"{len(self.problems)} {noun}{where}:\n{lines}")
 
 
-class UnknownNameError(UsageError):
-    """A name that no table holds."""
+class UnknownNameError(UsageError, KeyError):
+    """A name that no table holds; a KeyError too, as a mapping's lookup raises."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         self.name = name

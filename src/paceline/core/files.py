@@ -44,6 +44,7 @@ def new_folder(path: Path) -> Generator[Path]:
             inner.chmod((0o777 if inner.is_dir() else 0o666) & ~_umask())
             sync_file(inner)
         temporary.chmod(0o777 & ~_umask())
+        sync_file(temporary)
         try:
             temporary.rename(path)
         except OSError:

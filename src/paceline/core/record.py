@@ -55,16 +55,17 @@ def read_records(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]
         DataError: a line other than the last is not a JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is broken
         try:
-            record = json.loads(line)
-            if kind is None or record["kind"] == kind:
-                yield record
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            record = json.loads(line.decode("utf-8"))
+            record_kind = record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a record") from error
+        if kind is None or record_kind == kind:
+            yield record
 
 
 def _cut_broken_line(path: Path) -> None:

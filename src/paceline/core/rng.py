@@ -18,15 +18,16 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-_TWO_TO_MINUS_53 = 2.0**-53
+_TWO_TO_MINUS_52 = 2.0**-52
 
 
 def bits(
     count: int, *, seed: int, purpose: str, stream: str | int = 0, position: int = 0
 ) -> NDArray[np.uint64]:
     """`count` uniform 64-bit words. Positions never overlap while `count` is below 2**66."""
+    assert "|" not in purpose, f"the purpose {purpose!r} could be taken for another and a stream"
     text = f"{seed}|{purpose}|{stream}".encode()
-    key = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype=np.uint64)
+    key = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype="<u8")
     counter = np.array([0, position, 0, 0], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
@@ -36,7 +37,8 @@ def uniform(
 ) -> NDArray[np.float64]:
     """`count` numbers strictly between 0 and 1, so that their logarithms are finite."""
     words = bits(count, seed=seed, purpose=purpose, stream=stream, position=position)
-    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * _TWO_TO_MINUS_53
+    # 52 bits and a half: with 53 the largest would round up to 1.
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * _TWO_TO_MINUS_52
 
 
 def gumbel(

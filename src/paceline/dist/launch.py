@@ -1,29 +1,62 @@
-"""Starting ranks: `torchrun` on this machine, unless a launcher has started us already."""
+"""Starting ranks: torchrun's agent on this machine, unless a launcher has started us already."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from paceline.core.env import rank_environment
+from paceline.core.errors import RankError
 
 _POLL_S = 0.5
 
 
 def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
-    """Replaces this process by `torchrun` running ``paceline ARGUMENTS`` on `num_ranks` ranks.
+    """Runs ``paceline ARGUMENTS`` on `num_ranks` ranks and returns once all have succeeded.
 
     On several machines `torchrun --nnodes` is started by hand; then this is not called.
+
+    Raises:
+        SystemExit: a rank failed and has said why; with its exit code.
+        RankError: a rank was killed.
+        KeyboardInterrupt: the run was interrupted; the ranks are gone.
     """
+    # Here, because ranks use this module before they can afford to import torch.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), "--module", "paceline", *arguments]
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    os.execve(sys.executable, command, {"OMP_NUM_THREADS": str(threads), **os.environ})
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    command = ["--standalone", "--nproc-per-node", str(num_ranks), "--module", "paceline"]
+    logging.disable(logging.ERROR)  # the agent repeats at length what ranks have said
+    try:
+        run(parse_args([*command, *arguments]))
+    except ChildFailedError as error:
+        _fail_like({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        sys.exit(128 + error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _fail_like(exit_codes: Mapping[int, int]) -> None:
+    """Ends as the ranks did, of which the agent has ended those that were left, by SIGTERM."""
+    killed = {rank: -code for rank, code in exit_codes.items() if code < 0}
+    others = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+    if others or len(killed) == len(exit_codes):
+        rank, number = next(iter((others or killed).items()))
+        hint = "paceline train --resume goes on from the newest complete checkpoint"
+        raise RankError(f"rank {rank} was ended by {signal.Signals(number).name}", hint=hint)
+    sys.exit(max(exit_codes.values()))
 
 
 def is_launched() -> bool:
@@ -31,8 +64,14 @@ def is_launched() -> bool:
     return rank_environment() is not None
 
 
+def follow_launcher() -> None:
+    """Ends this rank with its launcher, which speaks for it when the run is interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
+
+
 def end_with_parent() -> None:
-    """Ends this rank soon after its launcher is gone, so that a killed run leaves no orphans."""
+    """Ends this process soon after its parent is gone, so that a killed run leaves no orphans."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 
 from paceline.core.errors import RankError
+from paceline.dist.launch import end_with_parent
 
 _POLL_S = 0.01
 
@@ -33,20 +34,23 @@ def run_ranks(
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="paceline-ranks-") as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-        processes = [
-            context.Process(
-                target=_run_rank,
-                args=(function, rank, num_ranks, os.path.join(folder, "store"), pipes[rank][1]),
-                daemon=True,
-            )
-            for rank in range(num_ranks)
-        ]
-        for process, (_, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()  # the child holds the only writing end: its death closes the pipe
+        receivers: list[Connection] = []
+        processes: list[BaseProcess] = []
         try:
-            return _collect([receiver for receiver, _ in pipes], processes, timeout_s)
+            for rank in range(num_ranks):
+                # Made just before its rank is forked, so that no other rank holds its writing
+                # end: then the death of a rank closes its pipe.
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_rank,
+                    args=(function, rank, num_ranks, os.path.join(folder, "store"), sender),
+                    daemon=True,
+                )
+                process.start()
+                sender.close()
+                receivers.append(receiver)
+                processes.append(process)
+            return _collect(receivers, processes, timeout_s)
         finally:
             for process in processes:
                 process.kill()
@@ -57,17 +61,25 @@ def _run_rank(
     function: Callable[[int], Any], rank: int, num_ranks: int, store: str, sender: Connection
 ) -> None:
     torch.set_num_threads(1)  # first of all: a forked child hangs in its parent's OpenMP pool
+    end_with_parent()
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks
         )
-        sender.send((True, function(rank)))
+        sender.send((True, function(rank), time.monotonic()))
         torch.distributed.destroy_process_group()
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        sender.send((False, traceback.format_exc(), time.monotonic()))
     finally:
         sender.close()
         os._exit(0)  # no handlers of the parent's: pytest and CUDA have some
+
+
+class _Failure(NamedTuple):
+    """How a rank failed; the least of several is the first."""
+
+    time_s: float
+    message: str
 
 
 def _collect(
@@ -76,22 +88,27 @@ def _collect(
     results: dict[int, Any] = {}
     deadline_s = time.monotonic() + timeout_s
     while len(results) < len(receivers):
+        failures = [r for r in results.values() if isinstance(r, _Failure)]
         for rank, receiver in enumerate(receivers):
             if rank not in results and receiver.poll():
                 results[rank] = _receive(rank, receiver, processes[rank])
+        if failures:  # looked once more since: a failure makes others fail
+            break
         if time.monotonic() > deadline_s:
             late = [rank for rank in range(len(receivers)) if rank not in results]
             raise RankError(f"rank(s) {late} gave nothing in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
+    if failures := [r for r in results.values() if isinstance(r, _Failure)]:
+        raise RankError(min(failures).message)
     return [results[rank] for rank in range(len(receivers))]
 
 
 def _receive(rank: int, receiver: Connection, process: BaseProcess) -> Any:
+    """What a rank gave, or how it failed."""
     try:
-        succeeded, result = receiver.recv()
-    except EOFError as error:
+        succeeded, result, time_s = receiver.recv()
+    except EOFError:
         process.join()
-        raise RankError(f"rank {rank} died with exit code {process.exitcode}") from error
-    if not succeeded:
-        raise RankError(f"rank {rank} failed:\n{result}")
-    return result
+        # A rank that dies leaves no time; its death comes before whatever it makes fail.
+        return _Failure(0.0, f"rank {rank} died with exit code {process.exitcode}")
+    return result if succeeded else _Failure(time_s, f"rank {rank} failed:\n{result}")

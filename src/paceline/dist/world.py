@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,11 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.core.env import rank_environment
-from paceline.core.errors import UsageError
+from paceline.core.errors import RankError, UsageError
 from paceline.dist.collectives import Traffic
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
 
 _TIMEOUT = timedelta(minutes=10)
+# A user should read the first error and no other. A rank that fails leaves time to its launcher,
+# which ends it without a word once another rank has failed and said why.
+_PEER_GONE_PATIENCE_S = 5.0
+_SAME_ERROR_PATIENCE_S = 1.0
 
 
 class World:
@@ -39,9 +44,7 @@ class World:
         self._device_mesh: DeviceMesh | None = None
         self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
         if mesh.num_ranks > 1:
-            self._device_mesh = init_device_mesh(
-                device.type, mesh.shape, mesh_dim_names=AXES
-            )
+            self._device_mesh = init_device_mesh(device.type, mesh.shape, mesh_dim_names=AXES)
             self._groups[DATA_AXES] = _subgroup(mesh, rank, DATA_AXES)
 
     @property
@@ -88,6 +91,7 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
 
     Raises:
         UsageError: the number of ranks is not the mesh's.
+        RankError: another rank is gone.
     """
     environment = rank_environment()
     rank, num_ranks = (environment.rank, environment.world_size) if environment else (0, 1)
@@ -105,13 +109,25 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
     torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield World(mesh, rank, device)
+    except Exception as error:
+        if _is_peer_gone(error):
+            time.sleep(_PEER_GONE_PATIENCE_S)
+            raise RankError(f"rank {rank} has lost another rank: {error}") from error
+        if rank:
+            time.sleep(_SAME_ERROR_PATIENCE_S)
+        raise
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _subgroup(
-    mesh: MeshConfig, rank: int, axes: tuple[str, ...]
-) -> torch.distributed.ProcessGroup:
+def _is_peer_gone(error: Exception) -> bool:
+    """Whether a collective failed because of another rank; gloo says so in its message alone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "by peer" in str(error)
+
+
+def _subgroup(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
     """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
     made = {members: torch.distributed.new_group(list(members)) for members in mesh.groups(axes)}
     mine = next(group for members, group in made.items() if rank in members)

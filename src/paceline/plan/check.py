@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -122,11 +123,11 @@ def _problem(known: Known, path: str, rule: str, hint: str = "") -> Problem:
 
 def _signs(known: Known) -> Iterator[Problem]:
     for path in POSITIVE:
-        if value_at(known.plan, path) <= 0:
-            yield _problem(known, path, "must be positive")
+        if not 0 < value_at(known.plan, path) < math.inf:
+            yield _problem(known, path, "must be positive and finite")
     for path in NOT_NEGATIVE:
-        if value_at(known.plan, path) < 0:
-            yield _problem(known, path, "must not be negative")
+        if not 0 <= value_at(known.plan, path) < math.inf:
+            yield _problem(known, path, "must be finite and not negative")
     for path in ("pipeline.num_microbatches", "checkpoint.interval_steps"):
         value = value_at(known.plan, path)
         if isinstance(value, int) and value <= 0:
@@ -180,8 +181,8 @@ def _whole_batches(known: Known) -> Iterator[Problem]:
     sequences = train.tokens_per_step // unit
     if count is not None and sequences % count:
         rule = f"must divide the {sequences} sequences of a rank's step"
-        divisors = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
-        yield _problem(known, "pipeline.num_microbatches", rule, f"one of {divisors}")
+        lower = next(n for n in range(min(count, sequences), 0, -1) if sequences % n == 0)
+        yield _problem(known, "pipeline.num_microbatches", rule, f"use {lower}")
 
 
 def _zero_needs_shards(known: Known) -> Iterator[Problem]:
@@ -194,7 +195,8 @@ def _one_float64(known: Known) -> Iterator[Problem]:
     precision = known.plan.precision
     values = [getattr(precision, field.name) for field in fields(precision)]
     if "float64" in values and set(values) != {"float64"}:
-        yield _problem(known, "precision.params", "float64 is for params, compute and reduce alike")
+        path = f"precision.{fields(precision)[values.index('float64')].name}"
+        yield _problem(known, path, "float64 is for params, compute and reduce alike")
 
 
 def _context_fits(known: Known) -> Iterator[Problem]:
