@@ -29,3 +29,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Long; goes on where it was. Records lie in evidence/records, the summary in docs/evidence.md.
+evidence: $(READY)
+	$(BIN)/python evidence/run.py
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+bench: $(READY)
+	$(BIN)/paceline bench generate

@@ -23,7 +23,9 @@ PLAN = """\
 dp_shard = 2
 [train]
 sequence_length = 64
-tokens_per_step = 256
+tokens_per_step = 512
+[precision]
+compute = "auto"
 [optimizer]
 lr = 1e-4
 [checkpoint]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -13,7 +14,9 @@ from paceline.core.files import sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_SUM = "sha256"  # of all else in the manifest, which no other file vouches for
 _FOLDER = re.compile(r"step-(\d+)")
+_DAMAGED = "the checkpoint is damaged: resume from an older one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Manifest:
 
     def commit(self, folder: Path) -> None:
         """Makes the checkpoint complete."""
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1))
+        data = asdict(self)
+        write_text(folder / MANIFEST, json.dumps(data | {_SUM: _checksum(data)}, indent=1))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -64,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         UsageError: not a checkpoint, or one of another format.
-        DataError: a file is missing or cut short.
+        DataError: the manifest is damaged, or a file is missing or cut short.
     """
     path = folder / MANIFEST
     try:
@@ -72,10 +76,12 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         hint = "a complete checkpoint is a folder step-N with a manifest.json"
         raise UsageError(f"{folder} is not a complete checkpoint", hint=hint) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if data.get("format") != FORMAT:
-        raise UsageError(f"{path}: format {data.get('format')}, this version reads {FORMAT}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}", hint=_DAMAGED) from error
+    if not isinstance(data, dict) or data.pop(_SUM, None) != _checksum(data):
+        raise DataError(f"{path} is damaged, or no manifest: wrong checksum", hint=_DAMAGED)
+    if data["format"] != FORMAT:
+        raise UsageError(f"{path}: format {data['format']}, this version reads {FORMAT}")
     data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
     data["tensors"] = {
         name: TensorEntry(tuple(entry["shape"]), entry["dtype"])
@@ -86,10 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
         file = folder / name
         found = file.stat().st_size if file.exists() else 0
         if found != entry.size_bytes:
-            raise DataError(
-                f"{file} has {found} bytes, not {entry.size_bytes}",
-                hint="the checkpoint is damaged: resume from an older one",
-            )
+            raise DataError(f"{file} has {found} bytes, not {entry.size_bytes}", hint=_DAMAGED)
     return manifest
 
 
@@ -101,8 +104,11 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """
     for name, entry in manifest.files.items():
         if sha256(folder / name) != entry.sha256:
-            hint = "the checkpoint is damaged: resume from an older one"
-            raise DataError(f"{folder / name} is damaged: its checksum has changed", hint=hint)
+            raise DataError(f"{folder / name} is damaged: its checksum has changed", hint=_DAMAGED)
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

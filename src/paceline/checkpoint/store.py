@@ -22,7 +22,7 @@ from paceline.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from paceline.core.errors import DataError
+from paceline.core.errors import DataError, PacelineError
 from paceline.core.files import sha256, sync_file
 from paceline.dist.world import World
 from paceline.plan.model_spec import ModelSpec
@@ -39,23 +39,26 @@ def save(
 ) -> Path:
     """Writes ``folder/step-N``; called by every rank.
 
-    A kill at any point leaves what was complete before, and at most a folder without a manifest,
-    which no reader takes for a checkpoint and which the next save of that step replaces.
+    A kill at any point leaves the complete checkpoints of other steps, and at most a folder
+    without a manifest, which no reader takes for a checkpoint and which the next save of that
+    step replaces.
 
     Returns:
         The checkpoint, complete once this returns on the first rank.
+
+    Raises:
+        PacelineError: it could not be written, for example for want of space.
     """
     target = folder / f"step-{step}"
     retired = folder / f".retired-step-{step}"
     if world.is_first:
-        shutil.rmtree(retired, ignore_errors=True)
+        for left in folder.glob(".retired-*"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
         if target.exists():
             target.rename(retired)
         target.mkdir(parents=True)
     world.barrier()
-    with _quiet():
-        writer = FileSystemWriter(target, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.mesh.num_ranks == 1)
+    _write(target, tensors, no_dist=world.mesh.num_ranks == 1)
     if world.is_first:
         _manifest(target, step, tensors, plan, spec).commit(target)
         sync_file(folder)
@@ -102,12 +105,29 @@ def load_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _write(target: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+    try:
+        with _quiet():
+            writer = FileSystemWriter(target, sync_files=True)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=no_dist)
+    except (CheckpointException, OSError) as error:
+        hint = "is there space? The complete checkpoints are as they were"
+        raise PacelineError(f"{target} cannot be written: {_reason(error)}", hint=hint) from error
+
+
 def _read(checkpoint: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
     try:
         with _quiet():
             dcp.load(dict(tensors), storage_reader=FileSystemReader(checkpoint), no_dist=no_dist)
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise DataError(f"{checkpoint} cannot be read: {error}") from error
+        raise DataError(f"{checkpoint} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the traceback that torch puts into its message."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+    return str(error)
 
 
 def _require_same(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:

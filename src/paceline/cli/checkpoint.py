@@ -61,7 +61,7 @@ def export(
     from paceline.train.run import RunFolder
 
     checkpoint = newest_checkpoint(path)
-    export_model(checkpoint, RunFolder(checkpoint.parent.parent).model_files(), out)
+    export_model(checkpoint, RunFolder(checkpoint.resolve().parent.parent).model_files(), out)
     if as_json:
         print_json({"path": str(out), "checkpoint": str(checkpoint)})
     else:

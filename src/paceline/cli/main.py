@@ -5,14 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
+import typer.main
 
 import paceline
-from paceline.cli import chat, check, checkpoint, fetch, generate, serve, train, verify
+from paceline.cli import bench, chat, check, checkpoint, fetch, generate, serve, train, verify
 from paceline.core.errors import PacelineError
 
-_INTERRUPTED = 130
+_USAGE, _INTERRUPTED = 2, 130
+
+# typer carries its own copy of click, in which the base of usage errors has no public name.
+_CommandLineError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     name="paceline",
@@ -30,6 +35,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(bench.bench)
 
 
 def _show_version(wanted: bool) -> None:
@@ -50,13 +56,18 @@ def _options(
 def main() -> None:
     """Runs a command. Exit codes: 0 done, 1 the run or a check failed, 2 usage or configuration."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        exit_code = app(standalone_mode=False) or 0
+        if exit_code == _INTERRUPTED:  # typer has caught the interrupt
+            raise KeyboardInterrupt
+        sys.exit(exit_code)
     except PacelineError as error:
         fail(error.message, error.hint, error.exit_code)
-    except click.ClickException as error:
-        hint = f"paceline {' '.join(sys.argv[1:2])} --help".replace("  ", " ")
-        fail(error.format_message(), hint, error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except _CommandLineError as error:
+        known = {command.name for command in typer.main.get_group(app).commands.values()}
+        verb = [argument for argument in sys.argv[1:2] if argument in known]
+        hint = " ".join(["paceline", *verb, "--help"])
+        fail(error.format_message(), hint, _USAGE)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", "", _INTERRUPTED)
 
 

@@ -117,7 +117,7 @@ def _resumed_job(path: Path, steps: int | None) -> Job:
     from paceline.train.run import RunFolder
 
     checkpoint = newest_checkpoint(path)
-    folder = RunFolder(checkpoint.parent.parent)
+    folder = RunFolder(checkpoint.resolve().parent.parent)
     config, plan = folder.read()
     config = replace(config, steps=steps or config.steps)
     if (done := read_manifest(checkpoint).step) >= config.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -27,7 +28,8 @@ def verify(
     plan = read_plan(plan_file, settings)
     source = resolve(model) if model else None
     require(plan, source.spec if source else None, source=str(plan_file or "the plan"))
-    certificate = certify(plan, source.spec, source.weights) if source else certify(plan)
+    spec, weights = (source.spec, source.weights) if source else (None, None)
+    certificate = certify(plan, spec, weights, say=partial(typer.echo, err=True))
     if as_json:
         print_json(asdict(certificate))
         raise typer.Exit(0 if certificate.certified else 1)

@@ -71,8 +71,8 @@ class DocumentRows:
         self._length = length
         self._pad_token = pad_token
         starts = np.concatenate([[0], store.ends[:-1]])
-        # A document of n tokens has n - 1 labels.
-        rows_of = np.maximum(1, -(-(store.ends - starts - 1) // length))
+        # A document of n tokens has n - 1 labels: one token alone, that of its end, has no row.
+        rows_of = -(-(store.ends - starts - 1) // length)
         self._starts = starts
         self._last_row = np.cumsum(rows_of)
 

@@ -37,7 +37,8 @@ def source_files(source: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{path}: no such file or folder", hint=f"a path, or {_STDLIB}")
-    files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
+    found = (file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise UsageError(
             f"{path} holds no text", hint=f"files ending in {' '.join(_TEXT_SUFFIXES)}"
@@ -69,18 +70,24 @@ def read_documents(file: Path) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                hint = 'write {"text": "..."} on each line'
-                raise DataError(f"{file}, line {number}: no text in it", hint=hint) from error
-            if not isinstance(text, str):
-                raise DataError(f"{file}, line {number}: text is not a string")
-            yield text
+            if line.strip():
+                yield _read_line(line, f"{file}, line {number}")
+
+
+def _read_line(line: bytes, where: str) -> str:
+    hint = 'write {"text": "..."} on each line'
+    try:
+        text = json.loads(line.decode("utf-8"))["text"]
+        if not isinstance(text, str):
+            raise TypeError
+        text.encode("utf-8")  # JSON can spell halves of characters, which are no text
+    except UnicodeError as error:
+        raise DataError(f"{where}: not UTF-8", hint=hint) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: no text in it", hint=hint) from error
+    return text
 
 
 def _standard_library() -> list[Path]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from paceline.core import rng
 
+_LEAST_TEMPERATURE = 1e-30  # the most likely token, as far as that goes; less would overflow
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -53,7 +55,7 @@ def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
 
 def processed_logits(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """Unnormalised log-probabilities after temperature, then top-k, then top-p; float64, CPU."""
-    scores_V = logits_V.to("cpu", torch.float64) / params.temperature
+    scores_V = logits_V.to("cpu", torch.float64) / max(params.temperature, _LEAST_TEMPERATURE)
     if 0 < params.top_k < len(scores_V):
         threshold = torch.topk(scores_V, params.top_k).values[-1]
         scores_V = scores_V.masked_fill(scores_V < threshold, -torch.inf)

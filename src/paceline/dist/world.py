@@ -122,9 +122,7 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
 
 def _is_peer_gone(error: Exception) -> bool:
     """Whether a collective failed because of another rank; gloo says so in its message alone."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "by peer" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "by peer" in str(error)
 
 
 def _subgroup(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:

@@ -22,20 +22,23 @@ from paceline.core.errors import DataError, UsageError
 from paceline.models.families import family
 from paceline.models.hf import WEIGHTS_FILE, write_weights
 from paceline.models.tokenizer import Tokenizer, bpe_tokenizer, tokenizer_files
+from paceline.models.weights import build
 from paceline.plan.model_spec import ModelSpec
 
-_TENSOR_NAMES = {
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.query",
-    "attn_k": "attention.key",
-    "attn_v": "attention.value",
-    "attn_output": "attention.output",
+_STORED_NAMES = {
+    "embedding": "token_embd",
+    "attention_norm": "attn_norm",
+    "attention.query": "attn_q",
+    "attention.key": "attn_k",
+    "attention.value": "attn_v",
+    "attention.output": "attn_output",
     "ffn_norm": "ffn_norm",
-    "ffn_gate": "ffn.gate",
-    "ffn_up": "ffn.up",
-    "ffn_down": "ffn.down",
+    "ffn.gate": "ffn_gate",
+    "ffn.up": "ffn_up",
+    "ffn.down": "ffn_down",
+    "norm": "output_norm",
+    "head": "output",
 }
-_TOP_NAMES = {"token_embd": "embedding", "output_norm": "norm", "output": "head"}
 _CONTROL_TOKEN = 3
 
 _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
@@ -58,8 +61,8 @@ def convert(path: Path, folder: Path, advance: Callable[[int], None] = lambda _:
         advance: told the parameters dequantised, for a progress bar.
 
     Raises:
-        DataError: the file is not a whole GGUF file.
-        UsageError: an architecture or a tokenizer that this version does not read.
+        DataError: the file is not a whole GGUF file, or its tensors do not fit its fields.
+        UsageError: an architecture, a tokenizer or a tensor that this version does not read.
     """
     reader = _open(path)
     spec = _spec(path, reader)
@@ -98,6 +101,7 @@ def _spec(path: Path, reader: gguf.GGUFReader) -> ModelSpec:
         return _field(path, reader, f"{architecture}.{name}")
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _require_tensors(path, {"token_embd.weight", "blk.0.attn_q.weight"} - tensors.keys())
     num_heads = size("attention.head_count")
     return ModelSpec(
         family="llama",
@@ -112,6 +116,8 @@ def _spec(path: Path, reader: gguf.GGUFReader) -> ModelSpec:
         rope_theta=size("rope.freq_base"),
         norm_eps=float(str(np.float32(size("attention.layer_norm_rms_epsilon")))),
         tied_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        ffn_bias="blk.0.ffn_up.bias" in tensors,
     )
 
 
@@ -150,25 +156,36 @@ def _token_ids(reader: gguf.GGUFReader) -> dict[str, int]:
 def _tensors(
     path: Path, reader: gguf.GGUFReader, spec: ModelSpec, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    heads = {"attention.query": spec.num_heads, "attention.key": spec.num_kv_heads}
+    heads = {"query": spec.num_heads, "key": spec.num_kv_heads}
+    shapes = {name: tuple(p.shape) for name, p in build(spec).named_parameters()}
+    names = {_stored_name(name): name for name in shapes}
+    _require_tensors(path, names.keys() - {tensor.name for tensor in reader.tensors})
     for tensor in reader.tensors:
-        name, part = _our_name(path, tensor.name)
+        if tensor.name not in names:
+            raise UsageError(f"{path}: tensor {tensor.name} is not built in this version")
+        name = names[tensor.name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if part in heads:
+        if values.shape != shapes[name]:
+            rule = f"its fields imply {shapes[name]}"
+            raise DataError(f"{path}: tensor {tensor.name} has shape {values.shape}, but {rule}")
+        if (part := name.split(".")[-2]) in heads:
             values = _split_halves(values, heads[part])
         advance(values.size)
         yield name, torch.from_numpy(np.ascontiguousarray(values))
 
 
-def _our_name(path: Path, name: str) -> tuple[str, str]:
-    """Our name for a tensor, and the part of a block that it is."""
-    *where, part, kind = name.split(".")
-    if not where and part in _TOP_NAMES:
-        return f"{_TOP_NAMES[part]}.{kind}", part
-    if len(where) == 2 and where[0] == "blk" and part in _TENSOR_NAMES:
-        ours = _TENSOR_NAMES[part]
-        return f"blocks.{where[1]}.{ours}.{kind}", ours
-    raise UsageError(f"{path}: tensor {name} is not built in this version")
+def _stored_name(name: str) -> str:
+    """llama.cpp's name for one of our parameters."""
+    part, kind = name.rsplit(".", 1)
+    if not part.startswith("blocks."):
+        return f"{_STORED_NAMES[part]}.{kind}"
+    _, layer, part = part.split(".", 2)
+    return f"blk.{layer}.{_STORED_NAMES[part]}.{kind}"
+
+
+def _require_tensors(path: Path, missing: set[str]) -> None:
+    if missing:
+        raise DataError(f"{path}: lacks the tensor {min(missing)}")
 
 
 def _split_halves(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:

@@ -19,7 +19,13 @@ from paceline.plan.model_spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 """What a model folder holds beside its weights; a run keeps copies, so that it can be exported."""
 
 
@@ -65,9 +71,41 @@ class FolderWeights:
                 )
 
 
+def read_text(path: Path) -> str:
+    """The text of one of a model's small files.
+
+    Raises:
+        UsageError: it is not there.
+        DataError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        hint = "a model folder holds config.json, model.safetensors and tokenizer.json"
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint=hint) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a model's JSON files.
+
+    Raises:
+        UsageError: the file is not there.
+        DataError: it does not hold a JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return value
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -78,7 +116,10 @@ def read_spec(folder: Path) -> ModelSpec:
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a config.json states for its weights; float32 if it states none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return getattr(torch, name.removeprefix("torch."))
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"config.json: dtype {name!r} is no floating-point format of torch")
+    return dtype
 
 
 def write_weights(
@@ -91,10 +132,13 @@ def write_weights(
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).exists():
-        parts = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
-        return [folder / part for part in parts]
-    return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return [folder / WEIGHTS_FILE]
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise DataError(f"{index} has no weight_map that names the files of the weights")
+    return [folder / part for part in sorted(set(parts.values()))]
 
 
 def _names_in(path: Path) -> list[str]:
@@ -106,16 +150,6 @@ def _names_in(path: Path) -> list[str]:
     except (SafetensorError, OSError) as error:
         hint = "the file is truncated or damaged: fetch or export it again"
         raise DataError(f"{path} is not a whole safetensors file: {error}", hint=hint) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        hint = "a model folder holds config.json, model.safetensors and tokenizer.json"
-        raise UsageError(f"cannot read {path}: {error.strerror}", hint=hint) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
 
 
 def _some(names: set[str], limit: int = 3) -> str:

@@ -22,7 +22,7 @@ from paceline.core.errors import DataError, UnknownNameError, UsageError
 from paceline.core.files import new_folder, sha256
 from paceline.models import gguf
 from paceline.models.families import family
-from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec
+from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec, read_text
 from paceline.models.tokenizer import Tokenizer, byte_tokenizer, read_tokenizer, tokenizer_files
 from paceline.models.weights import RandomWeights, Weights
 from paceline.plan.model_spec import ModelSpec
@@ -130,21 +130,23 @@ def verify_folder(folder: Path) -> bool:
     Raises:
         DataError: a file is missing or has changed.
     """
+    hint = f"remove {folder} and fetch the model again"
+    if not (folder / _SUMS_FILE).exists():
+        raise DataError(f"{folder} is damaged: it has no {_SUMS_FILE}", hint=hint)
     for line in (folder / _SUMS_FILE).read_text(encoding="utf-8").splitlines():
         expected, name = line.split("  ", 1)
         if not (folder / name).exists() or sha256(folder / name) != expected:
-            hint = f"remove {folder} and fetch the model again"
             raise DataError(f"{folder / name} is damaged: its checksum has changed", hint=hint)
     return True
 
 
 def _open_folder(name: str, folder: Path) -> ModelSource:
     spec = read_spec(folder)
-    files = {n: (folder / n).read_text("utf-8") for n in SMALL_FILES if (folder / n).exists()}
     tokenizer = read_tokenizer(folder)
+    files = {name: read_text(folder / name) for name in SMALL_FILES if (folder / name).exists()}
     if tokenizer.vocab_size > spec.vocab_size:
         raise UsageError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, "
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, "
             f"the embedding {spec.vocab_size} rows",
             hint="the tokenizer belongs to another model",
         )

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from paceline.core.errors import DataError, UsageError
+from paceline.core.errors import DataError, RequestError, UsageError
+from paceline.models.hf import read_json, read_text
 
 _INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are not yet a character
 
@@ -48,7 +49,15 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The ids of a text.
+
+        Raises:
+            RequestError: the text holds half of a character, as bytes that are not UTF-8 leave it.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise RequestError("the text is not valid Unicode", param="prompt") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts at once, on all cores, without special tokens."""
@@ -114,7 +123,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     template = config.get("chat_template")
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.exists():
-        template = jinja_file.read_text(encoding="utf-8")
+        template = read_text(jinja_file)
     return Tokenizer(
         backend,
         eos_ids=_eos_ids(folder, backend, special_tokens),
@@ -194,9 +203,4 @@ def _eos_ids(
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    return read_json(path) if path.exists() else {}

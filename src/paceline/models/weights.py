@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from paceline.core import rng
 from paceline.models.decoder import Decoder
@@ -48,8 +49,19 @@ class RandomWeights:
 
 def build(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder without memory behind its parameters (on the meta device)."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         return Decoder(spec).to(dtype)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init`: on the meta device it fills nothing, yet torch imports its compiler
+    for it, which costs every command a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return None
+        return func(*args, **kwargs or {})
 
 
 def copy_whole(parameter: nn.Parameter, value: Tensor) -> None:

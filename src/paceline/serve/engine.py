@@ -212,11 +212,19 @@ class Engine:
                 if delta.finish_reason:
                     self._end(state.id, delta)
                 else:
-                    state.on_delta(delta)
+                    self._hand_over(state, delta)
 
     def _end(self, request_id: int, delta: Delta) -> None:
         self._executor.release(request_id)
-        self._requests.pop(request_id).on_delta(delta)
+        self._hand_over(self._requests.pop(request_id), delta)
+
+    def _hand_over(self, state: RequestState, delta: Delta) -> None:
+        """Gives a part to whoever asked; a receiver that fails harms nobody else's request."""
+        try:
+            state.on_delta(delta)
+        except Exception:
+            _log.exception("the receiver of request %d failed; it is cancelled", state.id)
+            self.cancel(state.id)
 
     def _end_all(self, reason: FinishReason) -> None:
         for request_id in list(self._requests):

@@ -77,6 +77,13 @@ class RunFolder:
         return config, Plan.from_toml(self.path / "plan.toml")
 
     def model_files(self) -> dict[str, str]:
-        """The model's small files, name to text."""
+        """The model's small files, name to text.
+
+        Raises:
+            UsageError: not a run folder.
+        """
+        if not (self.path / "model" / "config.json").exists():
+            hint = "give a run folder, or a checkpoints/step-N in one"
+            raise UsageError(f"{self.path} is not a run folder: no model/config.json", hint=hint)
         paths = [self.path / "model" / name for name in SMALL_FILES]
         return {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}

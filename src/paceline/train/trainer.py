@@ -12,6 +12,7 @@ import paceline
 from paceline.checkpoint import store
 from paceline.core.clock import Clock, WallClock
 from paceline.core.env import cache_folder
+from paceline.core.errors import UsageError
 from paceline.core.record import RecordWriter
 from paceline.data.loader import Loader
 from paceline.data.tokens import TokenStore, tokenize
@@ -67,8 +68,8 @@ class Trainer:
         model = apply(source.spec, source.weights, plan, world)
         optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer)
         self.state = State(model, optimizer)
-        end_token = source.tokenizer.eos_ids[0]
-        self.loader = Loader(_tokens(source, config, world), plan, end_token=end_token)
+        end_token = _end_token(source)
+        self.loader = Loader(_tokens(source, config, world, end_token), plan, end_token=end_token)
         self._records = RecordWriter(folder.records(world.rank))
         self._peak_flops = 0.0
 
@@ -101,6 +102,7 @@ class Trainer:
         return record
 
     def _begin(self) -> None:
+        """Measures the device and writes down what the run is."""
         dtype = choose_dtype(self.plan.precision.compute, self.world.device)
         self._peak_flops = measure_peak_flops(self.world.device, dtype)
         self._records.write(
@@ -114,6 +116,11 @@ class Trainer:
                 paceline=paceline.__version__,
                 torch=torch.__version__,
             )
+        )
+        self._say(
+            f"{self.config.model}, {self.source.spec.num_parameters / 1e6:,.1f} M parameters, on "
+            f"{self.config.data}: steps {self.state.step + 1} to {self.config.steps}, "
+            f"{self.world.mesh.num_ranks} rank(s) of at best {self._peak_flops / 1e9:,.0f} GFLOP/s"
         )
 
     def _observe(self, result: StepResult, rate: float, time_s: float) -> StepRecord:
@@ -134,8 +141,7 @@ class Trainer:
             memory_bytes=peak_memory_bytes(self.world.device),
         )
         self._records.write(record)
-        if self.world.is_first:
-            print(log_line(record, self.config.steps), file=sys.stderr, flush=True)  # noqa: T201
+        self._say(log_line(record, self.config.steps))
         return record
 
     def _is_save_due(self) -> bool:
@@ -155,8 +161,12 @@ class Trainer:
         )
         time_s = self.clock.now_s() - start_s
         self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
+        self._say(f"saved {path} in {time_s:.1f} s")
+
+    def _say(self, line: str) -> None:
+        """Tells the person at the terminal, once for all ranks."""
         if self.world.is_first:
-            print(f"saved {path} in {time_s:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def log_line(record: StepRecord, num_steps: int) -> str:
@@ -169,7 +179,15 @@ def log_line(record: StepRecord, num_steps: int) -> str:
     )
 
 
-def _tokens(source: ModelSource, config: RunConfig, world: World) -> TokenStore:
+def _end_token(source: ModelSource) -> int:
+    """What is put after every document."""
+    if not source.tokenizer.eos_ids:
+        hint = "name eos_token in its tokenizer_config.json"
+        raise UsageError(f"{source.name}: its tokenizer has no token that ends a text", hint=hint)
+    return source.tokenizer.eos_ids[0]
+
+
+def _tokens(source: ModelSource, config: RunConfig, world: World, end_token: int) -> TokenStore:
     """The tokenised data; the first rank makes it, the others find it in the cache."""
     if not world.is_first:
         world.barrier()
@@ -177,7 +195,7 @@ def _tokens(source: ModelSource, config: RunConfig, world: World) -> TokenStore:
         config.data,
         source.tokenizer,
         identity=source.files["tokenizer.json"],
-        end_token=source.tokenizer.eos_ids[0],
+        end_token=end_token,
         cache=cache_folder() / "tokens",
     )
     if world.is_first:

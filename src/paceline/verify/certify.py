@@ -7,7 +7,7 @@ model has them. SGD with momentum is run beside AdamW, which hides a wrong scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,7 +79,7 @@ class _Errors:
 
     def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
         for name, error in found.items():
-            error = float("inf") if error != error else error  # NaN is the largest error of all
+            error = _or_infinite(error)
             kind[name] = max(kind.get(name, 0.0), error)
             self.worst = max(self.worst, (error, f"{name}, {where}"))
 
@@ -91,8 +91,17 @@ class _Errors:
         self.worst = max(self.worst, other.worst)
 
 
+def _or_infinite(error: float) -> float:
+    """The error, infinite where it is NaN, which no comparison would catch."""
+    return float("inf") if error != error else error
+
+
 def certify(
-    plan: Plan, spec: ModelSpec | None = None, weights: Weights | None = None
+    plan: Plan,
+    spec: ModelSpec | None = None,
+    weights: Weights | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Certificate:
     """Trains two steps as the plan lays them out and as the oracle does, and compares.
 
@@ -100,11 +109,13 @@ def certify(
         plan: its layout is certified; sizes of batches are reduced, precision is float64.
         spec: sizes of the model; by default a tiny one with odd sizes.
         weights: of the model; by default random.
+        say: told of each case as it begins.
     """
     spec = spec or PRESETS["tiny"]
     weights = weights or RandomWeights(spec)
     errors = _Errors({}, {}, 0.0, (0.0, "none"))
     for case, (optimizer, pack) in CASES.items():
+        say(f"comparing with the oracle: {case}")
         errors.merge(_certify_case(case, _hard(plan, spec, optimizer, pack), spec, weights))
     gradient_error = max(errors.gradients.values())
     weight_error = max(errors.weights.values())
@@ -201,7 +212,7 @@ def _compare(
         errors.add(errors.gradients, _scale_errors(result, oracle), where)
         found = {name: _whole(p.detach()) for name, p in parameters.items()}
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
-        errors.loss = max(errors.loss, relative_error(result.loss, oracle.loss))
+        errors.loss = max(errors.loss, _or_infinite(relative_error(result.loss, oracle.loss)))
     return errors
 
 

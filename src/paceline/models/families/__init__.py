@@ -16,9 +16,20 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from paceline.core.errors import UsageError, name_hint
+from paceline.core.errors import ConfigError, Problem, UsageError, name_hint
 from paceline.core.registry import NameTable
 from paceline.plan.model_spec import ModelSpec
+
+_SIZES = (
+    "vocab_size",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ffn",
+    "max_positions",
+)
 
 FAMILIES = NameTable("model family", {"llama": "paceline.models.families.llama"})
 
@@ -37,14 +48,34 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
 
     Raises:
         UsageError: a family or a feature that this version does not compute; names it.
+        ConfigError: sizes that make no model, all of them.
     """
     name = str(config.get("model_type"))
     if name not in FAMILIES:
         hint = name_hint(name, FAMILIES)
         raise UsageError(f"{source}: model_type {name!r} is not built in this version", hint=hint)
     try:
-        return family(name).spec_from_config(config)
+        spec: ModelSpec = family(name).spec_from_config(config)
     except KeyError as error:
         raise UsageError(f"{source}: lacks the key {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{source}: a value is not what its key needs: {error}") from error
     except UsageError as error:
         raise UsageError(f"{source}: {error.message}", hint=error.hint) from error
+    spec = ModelSpec.from_dict(spec.to_dict(), source=source)  # a file's values may be of any type
+    if problems := _problems(spec):
+        raise ConfigError(problems, source=source)
+    return spec
+
+
+def _problems(spec: ModelSpec) -> list[Problem]:
+    """Sizes that make no model."""
+    sizes = {name: getattr(spec, name) for name in _SIZES}
+    problems = [Problem(n, str(v), "must be positive") for n, v in sizes.items() if v <= 0]
+    if not problems and spec.num_heads % spec.num_kv_heads:
+        rule = f"must divide num_heads = {spec.num_heads}"
+        problems.append(Problem("num_kv_heads", str(spec.num_kv_heads), rule))
+    if spec.head_dim % 2:
+        rule = "must be even: rotary positions turn its halves against each other"
+        problems.append(Problem("head_dim", str(spec.head_dim), rule))
+    return problems

@@ -3,6 +3,7 @@
 Source: none; the baseline that batching policies are measured against.
 Replaces: nothing, it is the default.  Needs: nothing.  Forbids: nothing.
 Cost: a request waits for all before it; weights are read once for each request's token.
+Differs: no paper to differ from.
 """
 
 from __future__ import annotations

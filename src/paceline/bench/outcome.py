@@ -1,0 +1,75 @@
+"""What a benchmark gives: both sides, the limit, and ratios of interleaved pairs.
+
+Times are compared within one run only. A ratio is the median of at least seven pairs, each taken
+one right after the other, and is given with its spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MIN_PAIRS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Ours over the peer's; above 1 is faster.
+
+    Attributes:
+        median: of the pairs.
+        lowest: of the pairs.
+        highest: of the pairs.
+        pairs: how many.
+    """
+
+    median: float
+    lowest: float
+    highest: float
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The figures of one claim.
+
+    Attributes:
+        name: of the benchmark.
+        unit: of `ours`, `peer` and `limit`.
+        ours: median of our side.
+        peer: median of the peer's side.
+        against: the peer and its version.
+        limit: what the machine admits, measured in the same run.
+        limited_by: what `limit` is made of.
+        fraction: ours over the limit.
+        ratios: ours over the peer's.
+        device: in words.
+    """
+
+    name: str
+    unit: str
+    ours: float
+    peer: float
+    against: str
+    limit: float
+    limited_by: str
+    fraction: float
+    ratios: Ratio
+    device: str
+
+
+def interleave(
+    ours: Callable[[], float], peer: Callable[[], float], pairs: int = MIN_PAIRS
+) -> tuple[list[float], list[float]]:
+    """Rates of both sides, taken in turns; one pair before is thrown away."""
+    for warm_up in (ours, peer):
+        warm_up()
+    both = [(ours(), peer()) for _ in range(pairs)]
+    return [pair[0] for pair in both], [pair[1] for pair in both]
+
+
+def ratio(ours: list[float], peer: list[float]) -> Ratio:
+    """The ratio of interleaved rates."""
+    ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios))

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from paceline.core.errors import RankError
+from paceline.dist import launch
+
+pytestmark = pytest.mark.ranks
+
+# A parent whose child says its number once it is set up; it waits for as long as it is told.
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(float(sys.argv[2]))
+"""
+PLAIN_CHILD = """
+import os, time
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+WATCHING_CHILD = "from paceline.dist.launch import end_with_parent; end_with_parent()" + PLAIN_CHILD
+
+
+def test_a_watching_child_ends_with_its_killed_parent(start_python, is_running, ends_within):
+    children = []
+    for program in (PLAIN_CHILD, WATCHING_CHILD):
+        parent = start_python(PARENT, program, "60")
+        children.append(int(parent.stdout.readline()))
+        parent.kill()
+    plain, watching = children
+    assert ends_within(watching, 10)
+    assert is_running(plain)  # so it was the watch that has ended the other
+
+
+def test_a_watching_child_lives_while_its_parent_does(start_python, ends_within):
+    parent = start_python(PARENT, WATCHING_CHILD, "4")
+    child = int(parent.stdout.readline())
+    assert not ends_within(child, 1.5)
+    parent.wait()
+    assert ends_within(child, 10)
+
+
+def test_a_rank_is_told_by_its_environment(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not launch.is_launched()
+    monkeypatch.setenv("RANK", "1")
+    assert not launch.is_launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.is_launched()
+
+
+def test_an_interrupt_ends_a_rank_without_a_word():
+    program = "import os, signal; from paceline.dist.launch import follow_launcher\n"
+    program += "follow_launcher(); os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+TERM, KILL = -signal.SIGTERM, -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "expected"),
+    [
+        ({0: 2, 1: TERM}, 2),  # rank 0 failed and was heard; the agent ended the other
+        ({0: TERM, 1: 1}, 1),
+        ({0: 1, 1: 2}, 2),
+        ({0: TERM, 1: KILL}, "rank 1 was ended by SIGKILL"),
+        ({0: 1, 1: KILL}, "rank 1 was ended by SIGKILL"),  # rank 0 failed for want of rank 1
+        ({0: TERM, 1: TERM}, "rank 0 was ended by SIGTERM"),
+    ],
+)
+def test_a_run_ends_as_its_ranks_did(exit_codes, expected):
+    if isinstance(expected, int):
+        with pytest.raises(SystemExit) as ended:
+            launch._fail_like(exit_codes)
+        assert ended.value.code == expected
+    else:
+        with pytest.raises(RankError, match=expected):
+            launch._fail_like(exit_codes)
+
+
+def test_the_environment_of_this_test_is_no_rank():
+    assert "RANK" not in os.environ
