@@ -20,7 +20,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Keeps the user's cache out of tests, but for those that need the fetched model."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
