@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -38,9 +37,9 @@ def test_a_watching_child_ends_with_its_killed_parent(start_python, is_running, 
 
 
 def test_a_watching_child_lives_while_its_parent_does(start_python, ends_within):
-    parent = start_python(PARENT, WATCHING_CHILD, "4")
+    parent = start_python(PARENT, WATCHING_CHILD, "2.5")
     child = int(parent.stdout.readline())
-    assert not ends_within(child, 1.5)
+    assert not ends_within(child, 1.2)
     parent.wait()
     assert ends_within(child, 10)
 
@@ -83,7 +82,3 @@ def test_a_run_ends_as_its_ranks_did(exit_codes, expected):
     else:
         with pytest.raises(RankError, match=expected):
             launch._fail_like(exit_codes)
-
-
-def test_the_environment_of_this_test_is_no_rank():
-    assert "RANK" not in os.environ

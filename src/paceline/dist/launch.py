@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 
 from paceline.core.env import rank_environment
@@ -29,15 +30,24 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     # Here, because ranks use this module before they can afford to import torch.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    command = ["--standalone", "--nproc-per-node", str(num_ranks), "--module", "paceline"]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    command = ("-u", "-m", "paceline", *arguments)
     logging.disable(logging.ERROR)  # the agent repeats at length what ranks have said
     try:
-        run(parse_args([*command, *arguments]))
+        elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         _fail_like({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
