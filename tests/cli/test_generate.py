@@ -174,25 +174,29 @@ def test_a_damaged_model_is_an_error_of_the_run(monkeypatch, capsys, tmp_path):
     assert "hint: the file is truncated or damaged" in found[2]
 
 
-def start(*arguments):
-    command = [*PACELINE, "generate", "random:llama:small", "--prompt", "hi", *arguments]
+def start():
+    """A long answer in visible characters: greedy, this model says "222" for ever."""
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    options = ["--prompt", prompt, "--temperature", "0", "--max-tokens", "2000", *FLOAT32]
+    command = [*PACELINE, "generate", "random:llama:small", *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_control_c_ends_an_answer():
-    with start("--temperature", "1", "--max-tokens", "2000", "--seed", "1") as process:
-        assert process.stdout.read(1)  # it is answering
+    with start() as process:
+        assert process.stdout.read(1) == "2"  # it is answering
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=30)
+    assert len(out) < 2000
     assert process.returncode == 130
     assert err.strip().endswith("error: interrupted")
     assert "Traceback" not in err
 
 
 def test_a_reader_that_leaves_early_is_no_crash():
-    with start("--temperature", "1", "--max-tokens", "2000", "--seed", "1") as process:
-        assert process.stdout.read(1)
+    with start() as process:
+        assert process.stdout.read(1) == "2"
         process.stdout.close()
         err = process.stderr.read()
         process.wait(timeout=30)
