@@ -495,6 +495,16 @@ def step_losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
+def test_a_run_that_is_killed_as_its_ranks_start_leaves_no_orphans(start):
+    running = start(*TWO_RANKS)
+    while len(ranks := running.ranks()) < 2:
+        time.sleep(0.01)
+    running.process.kill()
+    assert all_end_within(ranks, 5)
+    assert "Traceback" not in running.rest()
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_its_name(start):
     running = start(*TWO_RANKS)
     running.wait_for("step 3/")

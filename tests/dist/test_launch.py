@@ -44,6 +44,19 @@ def test_a_watching_child_lives_while_its_parent_does(start_python, ends_within)
     assert ends_within(child, 10)
 
 
+def test_a_rank_whose_launcher_is_gone_already_ends(start_python, ends_within):
+    program = "from paceline.dist.launch import follow_launcher\nfollow_launcher(999999999)\n"
+    orphan = start_python(program + PLAIN_CHILD)
+    assert ends_within(orphan.pid, 10)
+    assert orphan.wait() == 1
+
+
+def test_a_rank_watches_once(start_python):
+    program = "import threading\nfrom paceline.dist.launch import follow_launcher\n"
+    program += "follow_launcher(); follow_launcher(); print(threading.active_count())"
+    assert start_python(program).stdout.read() == "2\n"  # the main thread, and one that watches
+
+
 def test_a_rank_is_told_by_its_environment(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert not launch.is_launched()
