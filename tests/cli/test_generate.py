@@ -41,7 +41,7 @@ def assert_one_error(code, out, err, expected_code, message):
 
 
 def test_help_is_quick():
-    """Under 0.3 s of processor time, which on a machine that is not busy is all the time it takes."""
+    """Under 0.3 s of processor time: all the time it takes where the machine is not busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     help_ = paceline("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
