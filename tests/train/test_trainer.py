@@ -123,9 +123,6 @@ def test_bfloat16_trains_with_float32_state(documents, tmp_path, mesh):
         assert result["split"] == {mesh.dp_shard > 1}
         losses = [step["loss"] for step in records_of(tmp_path, "step", rank)]
         assert losses[-1] < losses[0] - 1
-        assert (
-            len({round(loss * 2**12) / 2**12 for loss in losses} - set(losses)) > 0
-        )  # not rounded
 
 
 def test_bfloat16_stays_near_float32(documents, tmp_path):
