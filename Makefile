@@ -11,11 +11,14 @@ RUN := $(BIN)/python -m
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# A worker for each core, and a thread for each worker: two threads on a busy core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(READY)
-	$(RUN) pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(RUN) pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(READY)
 	$(RUN) ruff check

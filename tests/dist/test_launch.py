@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -38,11 +37,24 @@ def test_a_watching_child_ends_with_its_killed_parent(start_python, is_running, 
 
 
 def test_a_watching_child_lives_while_its_parent_does(start_python, ends_within):
-    parent = start_python(PARENT, WATCHING_CHILD, "4")
+    parent = start_python(PARENT, WATCHING_CHILD, "2.5")
     child = int(parent.stdout.readline())
-    assert not ends_within(child, 1.5)
+    assert not ends_within(child, 1.2)
     parent.wait()
     assert ends_within(child, 10)
+
+
+def test_a_rank_whose_launcher_is_gone_already_ends(start_python, ends_within):
+    program = "from paceline.dist.launch import follow_launcher\nfollow_launcher(999999999)\n"
+    orphan = start_python(program + PLAIN_CHILD)
+    assert ends_within(orphan.pid, 10)
+    assert orphan.wait() == 1
+
+
+def test_a_rank_watches_once(start_python):
+    program = "import threading\nfrom paceline.dist.launch import follow_launcher\n"
+    program += "follow_launcher(); follow_launcher(); print(threading.active_count())"
+    assert start_python(program).stdout.read() == "2\n"  # the main thread, and one that watches
 
 
 def test_a_rank_is_told_by_its_environment(monkeypatch):
@@ -83,7 +95,3 @@ def test_a_run_ends_as_its_ranks_did(exit_codes, expected):
     else:
         with pytest.raises(RankError, match=expected):
             launch._fail_like(exit_codes)
-
-
-def test_the_environment_of_this_test_is_no_rank():
-    assert "RANK" not in os.environ

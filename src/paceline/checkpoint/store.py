@@ -110,24 +110,17 @@ def _write(target: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> Non
         with _quiet():
             writer = FileSystemWriter(target, sync_files=True)
             dcp.save(dict(tensors), storage_writer=writer, no_dist=no_dist)
-    except (CheckpointException, OSError) as error:
+    except OSError as error:
         hint = "is there space? The complete checkpoints are as they were"
-        raise PacelineError(f"{target} cannot be written: {_reason(error)}", hint=hint) from error
+        raise PacelineError(f"{target} cannot be written: {error}", hint=hint) from error
 
 
 def _read(checkpoint: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
     try:
         with _quiet():
             dcp.load(dict(tensors), storage_reader=FileSystemReader(checkpoint), no_dist=no_dist)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise DataError(f"{checkpoint} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, without the traceback that torch puts into its message."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-    return str(error)
+    except Exception as error:  # whatever torch stumbles over in files that are not its own
+        raise DataError(f"{checkpoint} cannot be read: {error}") from error
 
 
 def _require_same(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -170,8 +163,15 @@ def _drop_old(folder: Path, keep: int) -> None:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Silences what torch says of a process without a group, which is what we asked for."""
+    """Silences what torch says of a process without a group, which is what we asked for.
+
+    Of torch's bundle of what went wrong on all ranks, interrupts among it, the first is raised.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None

@@ -66,9 +66,10 @@ def chat(
 def _converse(engine: Engine, model: str, request_for: Callable[[list[int]], Request]) -> None:
     """Reads lines until the person leaves."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False)
-    console.print(f"[bold]{model}[/bold]  [dim]/help for help, Ctrl-D to leave[/dim]")
+    console.print(f"[bold]{escape(model)}[/bold]  [dim]/help for help, Ctrl-D to leave[/dim]")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -89,7 +90,7 @@ def _converse(engine: Engine, model: str, request_for: Callable[[list[int]], Req
             case "/system":
                 messages[:] = [{"role": "system", "content": rest}]
             case _ if command.startswith("/"):
-                console.print(f"no command {command}; /help lists them", style="red")
+                console.print(f"no command {command}; /help lists them", style="red", markup=False)
             case _:
                 _turn(engine, request_for, messages, line, console)
 

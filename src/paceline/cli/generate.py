@@ -49,14 +49,12 @@ def generate(
         stop=tuple(stop or ()),
     )
     deltas: list[Delta] = []
-
-    def show(delta: Delta) -> None:
-        deltas.append(delta)
+    engine.submit(request, deltas.append)
+    while not deltas or deltas[-1].finish_reason is None:
+        num_shown = len(deltas)
+        engine.step()
         if not as_json:
-            typer.echo(delta.text, nl=False)
-
-    engine.submit(request, show)
-    engine.drain()
+            typer.echo("".join(delta.text for delta in deltas[num_shown:]), nl=False)
     if not as_json:
         typer.echo()
         return

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -55,6 +58,8 @@ def _options(
 
 def main() -> None:
     """Runs a command. Exit codes: 0 done, 1 the run or a check failed, 2 usage or configuration."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         exit_code = app(standalone_mode=False) or 0
         if exit_code == _INTERRUPTED:  # typer has caught the interrupt
@@ -69,6 +74,17 @@ def main() -> None:
         fail(error.format_message(), hint, _USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", "", _INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, but ends at once inside an import: torch's swallow it at times."""
+    outer = frame
+    while outer is not None:
+        if outer.f_code.co_filename.startswith("<frozen importlib"):
+            print("error: interrupted", file=sys.stderr, flush=True)
+            os._exit(_INTERRUPTED)
+        outer = outer.f_back
+    signal.default_int_handler(number, frame)
 
 
 def fail(message: str, hint: str, exit_code: int) -> None:

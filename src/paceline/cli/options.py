@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paceline.core.errors import UsageError
-from paceline.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from paceline.plan.plan import Plan
 
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan file (TOML).")]
 Settings = Annotated[
@@ -30,6 +32,8 @@ def read_plan(file: Path | None, settings: list[str] | None, base: Plan | None =
     Raises:
         ConfigError: what does not parse, all of it.
     """
+    from paceline.plan.plan import Plan
+
     plan = Plan.from_toml(file) if file else base or Plan()
     return plan.with_overrides(settings) if settings else plan
 

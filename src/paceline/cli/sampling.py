@@ -48,6 +48,7 @@ def load_engine(
 ) -> Engine:
     """The engine that a command asks, its model loaded."""
     from rich.console import Console
+    from rich.markup import escape
 
     from paceline.serve.engine import Engine
 
@@ -55,5 +56,5 @@ def load_engine(
     plan = read_plan(plan_file, settings)
     if dtype:
         plan = plan.with_overrides([f'serve.dtype="{dtype}"'])
-    with Console(stderr=True).status(f"loading {model}"):
+    with Console(stderr=True).status(f"loading {escape(model)}"):
         return Engine.load(model, plan, device=device)

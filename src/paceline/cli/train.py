@@ -63,6 +63,7 @@ def train(
     if is_launched():
         follow_launcher()  # before the imports below, which take seconds
     from paceline.data.sources import source_files
+    from paceline.kernels.device import choose_device
     from paceline.models.hub import resolve
     from paceline.plan.check import require
 
@@ -77,6 +78,7 @@ def train(
     source = resolve(job.config.model, seed=job.plan.train.seed)
     num_ranks = None if is_launched() else nproc
     require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))
+    choose_device(device)
     if job.plan.mesh.num_ranks > 1 and not is_launched():
         launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
         return

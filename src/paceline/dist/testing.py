@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -32,6 +33,8 @@ def run_ranks(
         RankError: a rank failed or took too long; the others are ended, and the first to fail is
             named with its traceback.
     """
+    # DTensor imports it at its first use, for a second: here once, and not in every rank.
+    importlib.import_module("torch._dynamo")
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="paceline-ranks-") as folder:
         receivers: list[Connection] = []

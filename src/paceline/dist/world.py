@@ -20,8 +20,7 @@ from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
 _TIMEOUT = timedelta(minutes=10)
 # A user should read the first error and no other. A rank that fails leaves time to its launcher,
 # which ends it without a word once another rank has failed and said why.
-_PEER_GONE_PATIENCE_S = 5.0
-_SAME_ERROR_PATIENCE_S = 1.0
+_PATIENCE_S = 5.0
 
 
 class World:
@@ -110,11 +109,11 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
     try:
         yield World(mesh, rank, device)
     except Exception as error:
-        if _is_peer_gone(error):
-            time.sleep(_PEER_GONE_PATIENCE_S)
+        is_peer_gone = _is_peer_gone(error)
+        if is_peer_gone or rank:  # of an error that all ranks see, the first rank tells
+            time.sleep(_PATIENCE_S)
+        if is_peer_gone:
             raise RankError(f"rank {rank} has lost another rank: {error}") from error
-        if rank:
-            time.sleep(_SAME_ERROR_PATIENCE_S)
         raise
     finally:
         torch.distributed.destroy_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.core.errors import UsageError, name_hint
+from paceline.core.errors import UsageError
 
 _DEVICES = ("auto", "cpu", "cuda")
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -23,7 +23,7 @@ def choose_device(name: str = "auto", *, local_rank: int = 0) -> torch.device:
         UsageError: no such device, or none present.
     """
     if name not in _DEVICES:
-        raise UsageError(f"unknown device {name!r}", hint=name_hint(name, _DEVICES))
+        raise UsageError(f"unknown device {name!r}", hint=f"one of {', '.join(_DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda: torch sees no CUDA device", hint="--device cpu")
     if name == "cpu" or not torch.cuda.is_available():

@@ -137,6 +137,9 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers requests on this thread, in their order."""
+        requests = list(requests)
+        for request in requests:
+            require_servable(request, self.spec)  # all of them, before the first is begun
         answers: list[list[Delta]] = []
         for request in requests:
             deltas: list[Delta] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,7 +71,6 @@ class Trainer:
         self.state = State(model, optimizer)
         end_token = _end_token(source)
         self.loader = Loader(_tokens(source, config, world, end_token), plan, end_token=end_token)
-        self._records = RecordWriter(folder.records(world.rank))
         self._peak_flops = 0.0
 
     def restore(self, checkpoint: Path) -> None:
@@ -80,25 +80,25 @@ class Trainer:
 
     def run(self) -> StepRecord | None:
         """Takes the steps that are left and returns the last one's record."""
-        self._begin()
         record = None
-        while self.state.step < self.config.steps:
-            start_s = self.clock.now_s()
-            step = self.state.step + 1
-            rate = learning_rate(self.plan.optimizer, step, self.config.steps)
-            result = train_step(
-                self.state,
-                self.loader.microbatches(step, self.world.data_index),
-                self.objective,
-                self.world,
-                learning_rate=rate,
-                max_norm=self.plan.optimizer.clip_norm,
-            )
-            synchronize(self.world.device)
-            record = self._observe(result, rate, self.clock.now_s() - start_s)
-            if self._is_save_due():
-                self._save()
-        self._records.close()
+        with closing(RecordWriter(self.folder.records(self.world.rank))) as self._records:
+            self._begin()
+            while self.state.step < self.config.steps:
+                start_s = self.clock.now_s()
+                step = self.state.step + 1
+                rate = learning_rate(self.plan.optimizer, step, self.config.steps)
+                result = train_step(
+                    self.state,
+                    self.loader.microbatches(step, self.world.data_index),
+                    self.objective,
+                    self.world,
+                    learning_rate=rate,
+                    max_norm=self.plan.optimizer.clip_norm,
+                )
+                synchronize(self.world.device)
+                record = self._observe(result, rate, self.clock.now_s() - start_s)
+                if self._is_save_due():
+                    self._save()
         return record
 
     def _begin(self) -> None:

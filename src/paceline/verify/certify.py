@@ -7,6 +7,8 @@ model has them. SGD with momentum is run beside AdamW, which hides a wrong scale
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -79,7 +81,7 @@ class _Errors:
 
     def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
         for name, error in found.items():
-            error = _or_infinite(error)
+            error = _finite(error)
             kind[name] = max(kind.get(name, 0.0), error)
             self.worst = max(self.worst, (error, f"{name}, {where}"))
 
@@ -91,9 +93,9 @@ class _Errors:
         self.worst = max(self.worst, other.worst)
 
 
-def _or_infinite(error: float) -> float:
-    """The error, infinite where it is NaN, which no comparison would catch."""
-    return float("inf") if error != error else error
+def _finite(error: float) -> float:
+    """The error as JSON can hold it; NaN, which no comparison would catch, is the largest."""
+    return error if math.isfinite(error) else sys.float_info.max
 
 
 def certify(
@@ -212,7 +214,7 @@ def _compare(
         errors.add(errors.gradients, _scale_errors(result, oracle), where)
         found = {name: _whole(p.detach()) for name, p in parameters.items()}
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
-        errors.loss = max(errors.loss, _or_infinite(relative_error(result.loss, oracle.loss)))
+        errors.loss = max(errors.loss, _finite(relative_error(result.loss, oracle.loss)))
     return errors
 
 

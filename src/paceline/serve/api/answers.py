@@ -10,7 +10,7 @@ from typing import Any
 from paceline.core.errors import RequestError
 from paceline.serve.api.shapes import Envelope, usage
 from paceline.serve.engine import Engine
-from paceline.serve.request import Delta, Request
+from paceline.serve.request import Delta, FinishReason, Request
 
 _DISCONNECT_POLL_S = 0.5
 
@@ -74,19 +74,33 @@ async def whole_answer(
     stream: AnswerStream, envelope: Envelope, is_gone: Callable[[], Awaitable[bool]]
 ) -> dict[str, Any] | None:
     """The body of a whole answer, or None if the client has left before it was done."""
-    text, finish_reason = "", None
+    answer = asyncio.ensure_future(_joined(stream))
+    leaving = asyncio.ensure_future(_until_gone(is_gone))
     try:
-        while finish_reason is None:
-            waiting = asyncio.ensure_future(stream.next())
-            while not (await asyncio.wait([waiting], timeout=_DISCONNECT_POLL_S))[0]:
-                if await is_gone():
-                    waiting.cancel()
-                    return None
-            delta = waiting.result()
-            text, finish_reason = text + delta.text, delta.finish_reason
+        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return None
+        text, finish_reason = answer.result()
+        return envelope.body(text, finish_reason, stream.usage)
     finally:
+        answer.cancel()
+        leaving.cancel()
         stream.close()
-    return envelope.body(text, finish_reason, stream.usage)
+
+
+async def _joined(stream: AnswerStream) -> tuple[str, FinishReason]:
+    """The whole text of an answer, and what ended it."""
+    text = ""
+    while True:
+        delta = await stream.next()
+        text += delta.text
+        if delta.finish_reason is not None:
+            return text, delta.finish_reason
+
+
+async def _until_gone(is_gone: Callable[[], Awaitable[bool]]) -> None:
+    while not await is_gone():
+        await asyncio.sleep(_DISCONNECT_POLL_S)
 
 
 async def event_stream(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import paceline
-from paceline.core.errors import RequestError
+from paceline.core.errors import PacelineError, RequestError
 from paceline.serve.api.answers import (
     AnswerStream,
     EngineFailedError,
@@ -46,7 +47,12 @@ def create_app(engine: Engine, model_name: str, keys: ApiKeys) -> FastAPI:
             message = f"no model {body.model!r}; this server has {model_name!r}"
             raise RequestError(message, param="model", status=404)
         with_usage = body.wants_usage()
-        stream = AnswerStream(engine, body.to_request(engine.tokenizer, engine.spec))
+        request = body.to_request(engine.tokenizer, engine.spec)
+        try:
+            stream = AnswerStream(engine, request)
+        except RequestError as error:
+            error.param = body.field_of(error.param)
+            raise
         envelope = Envelope(shape, model_name)
         if body.stream:
             events = event_stream(stream, envelope, with_usage=with_usage)
@@ -73,30 +79,41 @@ def create_app(engine: Engine, model_name: str, keys: ApiKeys) -> FastAPI:
         status = {"status": "ok" if is_healthy else "the engine has stopped"}
         return JSONResponse(status, status_code=200 if is_healthy else 503)
 
-    _guard(app, keys)
+    app.add_middleware(_Guard, keys=keys)
     _shape_errors(app)
     return app
 
 
-def _guard(app: FastAPI, keys: ApiKeys) -> None:
-    """Keys and sizes, checked before a body is read."""
+class _Guard:
+    """Keys and sizes, checked before a body is read.
 
-    @app.middleware("http")
-    async def guard(http: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    Plain ASGI: under Starlette's `BaseHTTPMiddleware` a route does not learn that its client has
+    left.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, http: Request) -> Response | None:
         authorization = http.headers.get("authorization", "")
-        if http.url.path not in _OPEN_PATHS and not keys.opens(authorization):
+        if http.url.path not in _OPEN_PATHS and not self._keys.opens(authorization):
             body = error_body("wrong or missing API key", kind="authentication_error")
             return JSONResponse(body, status_code=401)
-        if http.method == "POST":
-            length = http.headers.get("content-length", "")
-            if not length.isdecimal():
-                body = error_body("a Content-Length is needed", kind="invalid_request_error")
-                return JSONResponse(body, status_code=411)
-            if int(length) > MAX_BODY_BYTES:
-                message = f"a body may have {MAX_BODY_BYTES} bytes"
-                body = error_body(message, kind="invalid_request_error")
-                return JSONResponse(body, status_code=413)
-        return await call_next(http)
+        if http.method != "POST":
+            return None
+        length = http.headers.get("content-length", "")
+        if not length.isdecimal():
+            body = error_body("a Content-Length is needed", kind="invalid_request_error")
+            return JSONResponse(body, status_code=411)
+        if int(length) > MAX_BODY_BYTES:
+            message = f"a body may have {MAX_BODY_BYTES} bytes"
+            body = error_body(message, kind="invalid_request_error")
+            return JSONResponse(body, status_code=413)
+        return None
 
 
 def _shape_errors(app: FastAPI) -> None:
@@ -108,10 +125,10 @@ def _shape_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:] if not _is_type_name(part)]
-        param = ".".join(where) or None
-        message = f"{param or 'body'}: {_explain(first)}"
+        found = _most_telling(error.errors())
+        where = [str(part) for part in found["loc"][1:] if not _is_type_name(part)]
+        param = None if found["type"] == "json_invalid" else ".".join(where) or None
+        message = f"{param or 'body'}: {_explain(found)}"
         body = error_body(message, kind="invalid_request_error", param=param)
         return JSONResponse(body, status_code=400)
 
@@ -120,10 +137,22 @@ def _shape_errors(app: FastAPI) -> None:
         body = error_body(str(error.detail), kind="invalid_request_error")
         return JSONResponse(body, status_code=error.status_code)
 
+    @app.exception_handler(PacelineError)
     @app.exception_handler(EngineFailedError)
-    async def on_engine_failure(_: Request, error: EngineFailedError) -> Response:  # noqa: ARG001
+    async def on_engine_failure(_: Request, error: Exception) -> Response:  # noqa: ARG001
         body = error_body("the engine stopped before the answer was done", kind="server_error")
         return JSONResponse(body, status_code=503)
+
+
+def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the errors in the first field at fault, the one deepest inside it.
+
+    A value that may be of two types has an error for each, one of them only that it is not the
+    other.
+    """
+    field = errors[0]["loc"][1:2]
+    there = [error for error in errors if error["loc"][1:2] == field]
+    return max(there, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def _explain(error: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ class ApiKeys:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"cannot read {path}: {error}") from error
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise UsageError(f"{path} holds no key", hint="one key on each line")

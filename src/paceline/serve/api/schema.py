@@ -71,6 +71,10 @@ class Sampled(_Strict):
             raise RequestError("stream_options goes with stream = true", param="stream_options")
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def field_of(self, param: str | None) -> str | None:
+        """The body's field behind a field of the engine's request."""
+        return param
+
     def request(self, prompt_ids: list[int], max_tokens: int) -> Request:
         """The engine's request."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -102,6 +106,11 @@ class ChatBody(Sampled):
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         room = max(1, spec.max_positions - len(prompt_ids))
         return self.request(prompt_ids, self.max_completion_tokens or self.max_tokens or room)
+
+    def field_of(self, param: str | None) -> str | None:
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "messages" if param == "prompt" else param
 
 
 class CompletionBody(Sampled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import threading
@@ -14,10 +15,13 @@ from paceline.serve.api.keys import ApiKeys
 from paceline.serve.engine import Engine
 
 _DRAIN_S = 5
+_ABORT_S = 5  # from the end of the draining to that of the connections, should a client not read
 
 
 def listen(host: str, port: int, keys: ApiKeys) -> socket.socket:
     """Takes the address before the model is loaded, so that a mistake costs no time.
+
+    Clients that come before `run` wait for it.
 
     Raises:
         UsageError: an address that others can reach, without keys.
@@ -33,11 +37,15 @@ def listen(host: str, port: int, keys: ApiKeys) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
-        hint = "another --port; 0 takes any that is free"
-        raise PacelineError(f"cannot listen on {host} port {port}: {error}", hint=hint) from error
+        listener.listen()  # an address that is only bound can be taken by another server
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from error
     return listener
 
 
@@ -49,15 +57,38 @@ def run(engine: Engine, listener: socket.socket, model_name: str, keys: ApiKeys)
     """
     app = create_app(engine, model_name, keys)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=_DRAIN_S, server_header=False
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=_DRAIN_S + _ABORT_S,
+        server_header=False,
     )
     thread = threading.Thread(target=_serve, args=(engine,), name="engine")
     thread.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, engine).run(sockets=[listener])
     finally:
         engine.stop()
         thread.join()
+
+
+class _Server(uvicorn.Server):
+    """Ends open answers itself once their time is up; uvicorn would do it with a traceback each."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(_DRAIN_S, self._engine.stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> PacelineError:
+    hint = "another --port; 0 takes any that is free"
+    return PacelineError(f"cannot listen on {host} port {port}: {error}", hint=hint)
 
 
 def _serve(engine: Engine) -> None:

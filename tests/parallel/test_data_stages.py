@@ -1,0 +1,179 @@
+"""Every way in which data ranks share state: gradients are sums, and traffic is what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from paceline.core.errors import ConfigError, UnknownNameError
+from paceline.dist.testing import run_ranks
+from paceline.dist.world import World
+from paceline.models.families.llama import PRESETS
+from paceline.models.weights import RandomWeights
+from paceline.parallel.apply import apply
+from paceline.parallel.data import STAGES, replicated
+from paceline.plan.mesh import MeshConfig
+from paceline.plan.plan import Plan, TrainConfig, ZeroConfig
+
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+
+CPU = torch.device("cpu")
+SPEC = PRESETS["tiny"]
+FROZEN = ("blocks.1.*", "norm.weight")
+LAYOUTS = [
+    Plan(),
+    Plan(mesh=MeshConfig(dp_shard=2)),
+    Plan(mesh=MeshConfig(dp_shard=3)),
+    Plan(mesh=MeshConfig(dp_replicate=2)),
+    Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(stage=0)),
+    Plan(mesh=MeshConfig(dp_replicate=2, dp_shard=2)),
+    Plan(mesh=MeshConfig(dp_replicate=2, dp_shard=2), zero=ZeroConfig(stage=0)),
+]
+NAMES = [f"{p.mesh.dp_replicate}x{p.mesh.dp_shard} ranks, stage {p.zero_stage}" for p in LAYOUTS]
+
+
+def on_ranks(plan: Plan, work: Any) -> list[Any]:
+    """Runs ``work(model, world)`` on the ranks of a plan, on the same weights everywhere."""
+
+    def run(rank: int) -> Any:
+        world = World(plan.mesh, rank, CPU)
+        return work(apply(SPEC, RandomWeights(SPEC, seed=3), plan, world), world)
+
+    return run_ranks(run, plan.mesh.num_ranks)
+
+
+def whole(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().numpy()
+
+
+@pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
+def test_weights_are_whole_wherever_they_lie(plan):
+    def work(model, _world):
+        return {name: whole(p) for name, p in model.module.named_parameters()}
+
+    expected = RandomWeights(SPEC, seed=3)
+    for found in on_ranks(plan, work):
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected.read(name).numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
+def test_gradients_are_summed_over_ranks_and_micro_batches(plan):
+    def loss(model, index: int) -> torch.Tensor:
+        tokens_BT = torch.arange(8).view(1, 8) * (index + 1) % SPEC.vocab_size
+        return model.module(tokens_BT).square().sum() * (index + 1)
+
+    def work(model, world):
+        for microbatch in range(2):
+            loss(model, 2 * world.data_index + microbatch).backward()
+        model.data.finish_gradients(model.module)
+        return {
+            name: whole(p.grad) for name, p in model.module.named_parameters() if p.grad is not None
+        }
+
+    alone = apply(SPEC, RandomWeights(SPEC, seed=3), Plan(), World(MeshConfig(), 0, CPU))
+    for index in range(2 * plan.mesh.num_data_ranks):
+        loss(alone, index).backward()
+    expected = {name: whole(p.grad) for name, p in alone.module.named_parameters()}
+    for found in on_ranks(plan, work):
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            error = np.abs(value - expected[name]).max() / np.abs(expected[name]).max()
+            assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
+def test_split_axes_say_what_a_rank_holds(plan):
+    def work(model, world):
+        parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters())
+        return parts, model.data.split_axes, world.rank
+
+    found = on_ranks(plan, work)
+    (split_axes,) = {axes for _, axes, _ in found}
+    copies = plan.mesh.num_ranks // (plan.mesh.dp_shard if split_axes else 1)
+    assert split_axes == (("dp_shard",) if plan.zero_stage == 3 else ())
+    assert sum(parts for parts, _, _ in found) == copies * SPEC.num_parameters
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 4096, 25 << 20])
+def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, bucket_bytes):
+    monkeypatch.setattr(replicated, "_BUCKET_BYTES", bucket_bytes)
+    plan = Plan(mesh=MeshConfig(dp_replicate=2), train=TrainConfig(freeze=FROZEN))
+
+    def work(model, world):
+        model.module(torch.arange(8).view(1, 8) + world.rank).square().sum().backward()
+        model.data.finish_gradients(model.module)
+        num_trained = sum(p.numel() for p in model.trained_parameters())
+        gradients = [t for t in world.traffic.transfers if t.purpose == "gradients"]
+        norms = [float(p.grad.norm()) for p in model.trained_parameters()]
+        return num_trained, len(model.trained_parameters()), gradients, norms
+
+    first, second = on_ranks(plan, work)
+    assert first == second
+    num_trained, num_tensors, gradients, norms = first
+    layer = SPEC.layer_matrix_parameters + 2 * SPEC.d_model
+    assert num_trained == SPEC.num_parameters - layer - SPEC.d_model
+    assert sum(transfer.size_bytes for transfer in gradients) == 4 * num_trained
+    assert {transfer[:2] for transfer in gradients} == {
+        ("all-reduce", ("dp_replicate", "dp_shard"))
+    }
+    assert len(gradients) == {1: num_tensors, 25 << 20: 1}.get(bucket_bytes, len(gradients))
+    assert 1 <= len(gradients) <= num_tensors
+    assert all(norm > 0 for norm in norms)
+
+
+def test_one_rank_sends_nothing():
+    world = World(MeshConfig(), 0, CPU)
+    model = apply(SPEC, RandomWeights(SPEC), Plan(), world)
+    model.module(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    model.data.finish_gradients(model.module)
+    assert world.traffic.transfers == []
+
+
+def test_a_gradient_that_only_some_ranks_have_is_summed_all_the_same():
+    plan = Plan(mesh=MeshConfig(dp_replicate=2))
+
+    def work(model, world):
+        norm = model.module.norm.weight
+        if world.rank == 1:
+            norm.grad = torch.full_like(norm, 2.0)
+        model.data.finish_gradients(model.module)
+        return norm.grad.tolist()
+
+    assert on_ranks(plan, work) == [[2.0] * SPEC.d_model] * 2
+
+
+@pytest.mark.parametrize("plan", LAYOUTS[:3], ids=NAMES[:3])
+def test_frozen_parameters_have_no_gradient(plan):
+    frozen_plan = Plan(mesh=plan.mesh, train=TrainConfig(freeze=FROZEN))
+
+    def work(model, _world):
+        model.module(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+        model.data.finish_gradients(model.module)
+        return {name for name, p in model.module.named_parameters() if p.grad is None}
+
+    names = {name for name, _ in apply_alone(frozen_plan).module.named_parameters()}
+    expected = {name for name in names if name.startswith("blocks.1.")} | {"norm.weight"}
+    assert on_ranks(frozen_plan, work) == [expected] * plan.mesh.num_ranks
+
+
+def apply_alone(plan: Plan):
+    alone = Plan(train=plan.train)
+    return apply(SPEC, RandomWeights(SPEC), alone, World(MeshConfig(), 0, CPU))
+
+
+def test_a_freeze_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        apply_alone(Plan(train=TrainConfig(freeze=("norm.*", "blocks.9.*"))))
+    (problem,) = caught.value.problems
+    assert (problem.path, problem.value) == ("train.freeze", "blocks.9.*")
+    assert "names look like blocks.0.attention" in problem.hint
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(UnknownNameError, match="unknown ZeRO stage '7'"):
+        STAGES.load("7")

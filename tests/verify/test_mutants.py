@@ -1,0 +1,413 @@
+"""Mutation tests: deliberate defects in the training of the ranks, each of which `certify` catches.
+
+A defect is a patch that is applied inside the forked ranks alone, so the oracle stays right. All
+of them are of kinds that a loss curve hides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
+
+from paceline.core.errors import RankError
+from paceline.data.batch import IGNORED, Batch
+from paceline.data.loader import Loader
+from paceline.data.rows import DocumentRows, PackedRows
+from paceline.dist.world import World
+from paceline.kernels.device import choose_dtype
+from paceline.models import decoder
+from paceline.models.layout import Layout
+from paceline.models.weights import RandomWeights
+from paceline.optim import adamw, sgd
+from paceline.optim.scale import LossScale, clip
+from paceline.parallel import apply as apply_module
+from paceline.parallel.data import fully_sharded, replicated
+from paceline.parallel.data.fully_sharded import FullySharded
+from paceline.parallel.data.replicated import Replicated
+from paceline.plan.mesh import MeshConfig
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import PipelineConfig, Plan, TrainConfig
+from paceline.train import step as step_module
+from paceline.verify import certify as certify_module
+from paceline.verify.certify import BOUND, CASES, Certificate, certify
+
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=43,
+    d_model=24,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=8,
+    d_ffn=40,
+    max_positions=32,
+    tied_embeddings=True,
+)
+REPLICATED = MeshConfig(dp_replicate=2)
+SHARDED = MeshConfig(dp_shard=2)
+HYBRID = MeshConfig(dp_replicate=2, dp_shard=2)
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch, int], None]
+"""Patches this process, which is the given rank."""
+
+MUTANTS: dict[str, tuple[MeshConfig, str, Mutant]] = {}
+PACKED, PADDED = CASES
+
+
+def mutant(mesh: MeshConfig, case: str = PADDED) -> Callable[[Mutant], Mutant]:
+    """Adds a defect to the table. One case of the certificate must be enough to show it."""
+
+    def add(function: Mutant) -> Mutant:
+        MUTANTS[function.__name__] = (mesh, case, function)
+        return function
+
+    return add
+
+
+def certify_with(monkeypatch: Patch, mesh: MeshConfig, mutate: Mutant, *cases: str) -> Certificate:
+    monkeypatch.setattr(certify_module, "CASES", {case: CASES[case] for case in cases})
+    original = certify_module._compare
+
+    def compare(case: str, plan: Plan, *arguments: Any) -> Any:
+        world = next(argument for argument in arguments if isinstance(argument, World))
+        mutate(monkeypatch, world.rank)  # in a fork: the parent never sees it
+        return original(case, plan, *arguments)
+
+    monkeypatch.setattr(certify_module, "_compare", compare)
+    plan = Plan(
+        mesh=mesh,
+        train=TrainConfig(sequence_length=16, tokens_per_step=16 * 12),
+        pipeline=PipelineConfig(num_microbatches=3),
+    )
+    return certify(plan, SPEC, RandomWeights(SPEC, seed=2))
+
+
+@pytest.mark.parametrize("mesh", [REPLICATED, SHARDED, HYBRID], ids=str)
+def test_without_a_defect_the_same_path_is_certified(monkeypatch, mesh):
+    certificate = certify_with(monkeypatch, mesh, lambda _patch, _rank: None, *CASES)
+    assert certificate.certified, certificate.worst
+
+
+# The scale of losses and gradients
+
+
+@mutant(REPLICATED, PACKED)
+def gradients_averaged_over_ranks(patch: Patch, _rank: int) -> None:
+    original = Replicated.finish_gradients
+
+    def finish(self: Replicated, model: Any) -> None:
+        original(self, model)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 2
+
+    patch.setattr(Replicated, "finish_gradients", finish)
+
+
+@mutant(REPLICATED)
+def all_reduce_dropped(patch: Patch, _rank: int) -> None:
+    patch.setattr(Replicated, "finish_gradients", lambda _self, _model: None)
+
+
+@mutant(REPLICATED)
+def last_bucket_not_reduced(patch: Patch, _rank: int) -> None:
+    original = replicated._buckets
+    patch.setattr(replicated, "_BUCKET_BYTES", 4096)
+    patch.setattr(replicated, "_buckets", lambda gradients: list(original(gradients))[:-1])
+
+
+@mutant(SHARDED)
+def divide_factor_left_at_its_default(patch: Patch, _rank: int) -> None:
+    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda _self, _factor: None)
+
+
+@mutant(HYBRID)
+def replicas_of_shards_never_reduced(patch: Patch, _rank: int) -> None:
+    original = FullySharded.wrap
+
+    def wrap(self: FullySharded, model: Any) -> None:
+        world = self.world
+        alone = replace(world.mesh, dp_replicate=1)
+        self.world = SimpleNamespace(  # type: ignore[assignment]
+            mesh=alone, device=world.device, device_mesh=world.device_mesh
+        )
+        original(self, model)
+        self.world = world
+
+    patch.setattr(FullySharded, "wrap", wrap)
+
+
+@mutant(REPLICATED)
+def loss_divided_by_the_local_count(patch: Patch, _rank: int) -> None:
+    original = LossScale.__init__
+
+    def init(self: LossScale, local_count: int, world: World) -> None:
+        original(self, local_count, world)
+        self.count = 2 * local_count  # right, were the counts equal
+
+    patch.setattr(LossScale, "__init__", init)
+
+
+@mutant(SHARDED)
+def padding_counted_as_tokens(patch: Patch, _rank: int) -> None:
+    patch.setattr(Batch, "count", property(lambda self: self.labels_BT.numel()))
+
+
+@mutant(REPLICATED)
+def loss_of_one_rank_reported(patch: Patch, _rank: int) -> None:
+    patch.setattr(LossScale, "mean_loss", lambda self, total: 2 * total.item() / self.count)
+
+
+@mutant(REPLICATED)
+def loss_reported_as_nan(patch: Patch, _rank: int) -> None:
+    patch.setattr(LossScale, "mean_loss", lambda _self, _total: math.nan)
+
+
+# The clip
+
+
+@mutant(SHARDED, PACKED)
+def clip_applied_twice(patch: Patch, _rank: int) -> None:
+    def twice(parameters: Any, norm: float, max_norm: float) -> float:
+        clip(parameters, norm, max_norm)
+        return clip(parameters, norm, max_norm)
+
+    patch.setattr(step_module, "clip", twice)
+
+
+@mutant(SHARDED)
+def clip_computed_and_not_applied(patch: Patch, _rank: int) -> None:
+    patch.setattr(step_module, "clip", lambda _parameters, norm, limit: min(1.0, limit / norm))
+
+
+@mutant(SHARDED)
+def norm_of_one_rank_s_part(patch: Patch, _rank: int) -> None:
+    patch.setattr(FullySharded, "split_axes", ())
+
+
+@mutant(REPLICATED)
+def norm_before_the_reduction(patch: Patch, _rank: int) -> None:
+    original = Replicated.finish_gradients
+    pending: list[Any] = []
+    patch.setattr(Replicated, "finish_gradients", lambda self, model: pending.append((self, model)))
+
+    def late_clip(parameters: Any, norm: float, max_norm: float) -> float:
+        original(*pending.pop())
+        return clip(parameters, norm, max_norm)
+
+    patch.setattr(step_module, "clip", late_clip)
+
+
+# Accumulation
+
+
+@mutant(REPLICATED)
+def a_micro_batch_skipped(patch: Patch, _rank: int) -> None:
+    original = certify_module.compute_gradients
+    patch.setattr(
+        certify_module,
+        "compute_gradients",
+        lambda state, batches, *rest, **options: original(state, batches[:-1], *rest, **options),
+    )
+
+
+@mutant(SHARDED)
+def the_last_micro_batch_s_gradient_alone(patch: Patch, _rank: int) -> None:
+    original = certify_module.next_token
+
+    def forgetful(model: Any, batch: Batch) -> Any:
+        model.zero_grad()
+        return original(model, batch)
+
+    patch.setattr(certify_module, "next_token", forgetful)
+
+
+@mutant(REPLICATED)
+def gradients_kept_from_step_to_step(patch: Patch, _rank: int) -> None:
+    patch.setattr(torch.optim.Optimizer, "zero_grad", lambda _self: None)
+
+
+# Parameters
+
+
+@mutant(SHARDED)
+def frozen_layer_trained(patch: Patch, _rank: int) -> None:
+    patch.setattr(apply_module, "freeze", lambda _model, _patterns: None)
+
+
+@mutant(SHARDED)
+def frozen_layer_decayed(patch: Patch, _rank: int) -> None:
+    original = torch.optim.Optimizer.zero_grad
+    frozen: list[Any] = []
+    freeze = apply_module.freeze
+
+    def remember(model: Any, patterns: Any) -> None:
+        freeze(model, patterns)
+        frozen.append(model)
+
+    def decay(self: Any) -> None:
+        with torch.no_grad():
+            for parameter in frozen[-1].parameters():
+                if not parameter.requires_grad:
+                    parameter.mul_(1 - 1e-9)
+        original(self)
+
+    patch.setattr(apply_module, "freeze", remember)
+    patch.setattr(torch.optim.Optimizer, "zero_grad", decay)
+
+
+@mutant(REPLICATED)
+def tied_head_s_gradient_dropped(patch: Patch, _rank: int) -> None:
+    cut = SimpleNamespace(
+        linear=lambda x, weight: functional.linear(x, weight.detach()), silu=functional.silu
+    )
+    patch.setattr(decoder, "functional", cut)
+
+
+@mutant(REPLICATED)
+def one_rank_starts_a_little_aside(patch: Patch, rank: int) -> None:
+    original = Replicated.put
+
+    def put(self: Replicated, parameter: Any, value: torch.Tensor) -> None:
+        original(self, parameter, value.double() * (1 + rank * 1e-10))
+
+    patch.setattr(Replicated, "put", put)
+
+
+@mutant(SHARDED)
+def gradients_reduced_in_float32(patch: Patch, _rank: int) -> None:
+    def narrow(name: str, device: torch.device) -> torch.dtype:
+        return choose_dtype("float32" if calls.pop() == "reduce" else name, device)
+
+    calls = ["reduce", "compute"]  # in the order of their use, from the end
+    patch.setattr(fully_sharded, "choose_dtype", narrow)
+
+
+# The optimizers
+
+
+@mutant(REPLICATED)
+def vectors_decayed(patch: Patch, _rank: int) -> None:
+    def one_group(model: Any, config: Any) -> list[dict[str, Any]]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [{"params": trained, "weight_decay": config.weight_decay}]
+
+    patch.setattr(adamw, "parameter_groups", one_group)
+    patch.setattr(sgd, "parameter_groups", one_group)
+
+
+@mutant(REPLICATED, PACKED)
+def nothing_decayed(patch: Patch, _rank: int) -> None:
+    original = adamw.parameter_groups
+
+    def without(model: Any, config: Any) -> list[dict[str, Any]]:
+        return original(model, replace(config, weight_decay=0.0))
+
+    patch.setattr(adamw, "parameter_groups", without)
+    patch.setattr(sgd, "parameter_groups", without)
+
+
+@mutant(REPLICATED)
+def learning_rate_of_the_next_step(patch: Patch, _rank: int) -> None:
+    original = certify_module.learning_rate
+    patch.setattr(
+        certify_module,
+        "learning_rate",
+        lambda config, step, total: original(config, step + 1, total),
+    )
+
+
+@mutant(SHARDED, PACKED)
+def one_rank_s_update_skipped(patch: Patch, rank: int) -> None:
+    if rank == 1:
+        for optimizer in (torch.optim.AdamW, torch.optim.SGD):
+            patch.setattr(optimizer, "step", lambda _self: None)
+
+
+# Data
+
+
+@mutant(SHARDED, PACKED)
+def document_mask_leaked(patch: Patch, _rank: int) -> None:
+    patch.setattr(Layout, "mask_B1TT", None)
+
+
+@mutant(REPLICATED, PACKED)
+def labels_across_documents(patch: Patch, _rank: int) -> None:
+    original = PackedRows.__getitem__
+
+    def crossing(self: PackedRows, index: int) -> Any:
+        row = original(self, index)
+        start = index * self._length
+        following = self._store.tokens[start + 1 : start + self._length + 1]
+        return row._replace(labels_T=following.astype(row.labels_T.dtype))
+
+    patch.setattr(PackedRows, "__getitem__", crossing)
+
+
+@mutant(REPLICATED)
+def padding_trained_on(patch: Patch, _rank: int) -> None:
+    original = DocumentRows.__getitem__
+
+    def padded(self: DocumentRows, index: int) -> Any:
+        row = original(self, index)
+        return row._replace(labels_T=row.labels_T.clip(min=0))
+
+    assert IGNORED < 0
+    patch.setattr(DocumentRows, "__getitem__", padded)
+
+
+@mutant(SHARDED)
+def one_rank_a_step_ahead(patch: Patch, rank: int) -> None:
+    original = Loader.microbatches
+    patch.setattr(
+        Loader, "microbatches", lambda self, step, index: original(self, step + rank, index)
+    )
+
+
+@mutant(REPLICATED)
+def both_ranks_on_the_same_data(patch: Patch, _rank: int) -> None:
+    patch.setattr(World, "data_index", property(lambda _self: 0))
+
+
+@mutant(REPLICATED)
+def another_shuffle_on_one_rank(patch: Patch, rank: int) -> None:
+    original = Loader.__init__
+
+    def init(self: Loader, store: Any, plan: Plan, *, end_token: int) -> None:
+        train = replace(plan.train, seed=plan.train.seed + rank)
+        original(self, store, replace(plan, train=train), end_token=end_token)
+
+    patch.setattr(Loader, "__init__", init)
+
+
+ERRORS = {"frozen_layer_trained": "gradients on one side only"}
+"""Mutants that end in an error of a rank, and its text; all others give a bad certificate."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_certificate_fails(monkeypatch, name):
+    mesh, case, mutate = MUTANTS[name]
+    if name in ERRORS:
+        with pytest.raises(RankError, match=ERRORS[name]):
+            certify_with(monkeypatch, mesh, mutate, case)
+        return
+    certificate = certify_with(monkeypatch, mesh, mutate, case)
+    errors = (
+        certificate.max_rel_grad_error,
+        certificate.max_rel_param_error,
+        certificate.loss_error,
+    )
+    assert not certificate.certified
+    assert max(errors) > 10 * BOUND, errors  # a defect, not a matter of rounding
