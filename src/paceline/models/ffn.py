@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Two layers (Vaswani et al., arXiv:1706.03762), or three with a gate (Shazeer, arXiv:2002.05202)."""
+    """Two layers (Vaswani et al., arXiv:1706.03762), or three with a gate (arXiv:2002.05202)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -142,9 +142,10 @@ def _scaling(path: Path, reader: gguf.GGUFReader, architecture: str) -> dict[str
     prefix = f"{architecture}.rope.scaling"
     if not any(name.startswith(prefix) for name in reader.fields):
         return None
-    kind = read_field(path, reader, f"{prefix}.type")
-    if kind != "linear":
-        raise UsageError(f"{path}: rope scaling {kind} in GGUF is not built in this version")
+    kind = reader.get_field(f"{prefix}.type")
+    if kind is None or kind.contents() != "linear":
+        named = kind.contents() if kind else "without a type"
+        raise UsageError(f"{path}: rope scaling {named} in GGUF is not built in this version")
     return {"rope_type": "linear", "factor": read_field(path, reader, f"{prefix}.factor")}
 
 
@@ -190,4 +191,3 @@ def _split_halves(values: NDArray[np.float32], num_heads: int) -> NDArray[np.flo
     """Rows from llama.cpp's order (pairs side by side) to the published one (two halves)."""
     rows = values.reshape(num_heads, -1, 2, *values.shape[1:])
     return rows.swapaxes(1, 2).reshape(values.shape)
-

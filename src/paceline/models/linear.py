@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
     Args:
         width: of the last dimension.
         eps: added to the mean square.
-        offset: added to the weight; then the weight too is applied in the wide dtype, as Gemma does.
+        offset: added to the weight, which is then applied in the wide dtype too, as Gemma does.
     """
 
     def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """A mixture of experts: each token goes to the few experts that its router scores highest.
 
-Source: Shazeer et al., arXiv:1701.06538; Jiang et al., Mixtral of Experts, arXiv:2401.04088, Sec. 2.1.
+Source: Shazeer et al., arXiv:1701.06538; Jiang et al., Mixtral, arXiv:2401.04088, Sec. 2.1.
 Cost: the chosen experts' products; no token is dropped, none is padded.
 """
 

@@ -149,7 +149,10 @@ def read_windows(config: Mapping[str, Any]) -> dict[str, Any]:
         num_global = config.get("max_window_layers", config["num_hidden_layers"])
         return {"window": window, "global_layers": tuple(range(num_global))}
     is_global = [kind == "full_attention" for kind in kinds]
-    return {"window": window, "global_layers": tuple(n for n, is_it in enumerate(is_global) if is_it)}
+    return {
+        "window": window,
+        "global_layers": tuple(n for n, is_it in enumerate(is_global) if is_it),
+    }
 
 
 def write_windows(spec: ModelSpec) -> dict[str, Any]:

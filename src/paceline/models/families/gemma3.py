@@ -64,7 +64,9 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     window_rope = both.get("sliding_attention") or {}
     activation = {"gelu_pytorch_tanh": "gelu-tanh"}
     bias = config.get("attention_bias", False)
-    fields = read_common({**config, "rope_parameters": None, "rope_scaling": None, "hidden_act": "silu"})
+    fields = read_common(
+        {**config, "rope_parameters": None, "rope_scaling": None, "hidden_act": "silu"}
+    )
     fields |= {
         "tied_embeddings": config.get("tie_word_embeddings", True),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or _THETA),

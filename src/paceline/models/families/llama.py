@@ -59,9 +59,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     bias = config.get("attention_bias", False)
     ffn_bias = config.get("mlp_bias", False)
     fields = read_common(config)
-    return ModelSpec(
-        family="llama", qkv_bias=bias, output_bias=bias, ffn_bias=ffn_bias, **fields
-    )
+    return ModelSpec(family="llama", qkv_bias=bias, output_bias=bias, ffn_bias=ffn_bias, **fields)
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from paceline.models.families.base import (
 from paceline.models.families.base import weight_map as common_map
 from paceline.plan.model_spec import ModelSpec, MoeSpec
 
-_EXPERTS = {part: f"block_sparse_moe.experts.{{}}.{name}" for part, name in
-            {"gate": "w1", "up": "w3", "down": "w2"}.items()}
+_EXPERTS = {
+    part: f"block_sparse_moe.experts.{{}}.{name}"
+    for part, name in {"gate": "w1", "up": "w3", "down": "w2"}.items()
+}
 _THETA = 1e6
 
 PRESETS = {
@@ -53,6 +55,4 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 
 
 def weight_map(spec: ModelSpec) -> dict[str, Stored]:
-    return common_map(
-        spec, PRE_NORMS | ATTENTION, experts=_EXPERTS, router="block_sparse_moe.gate"
-    )
+    return common_map(spec, PRE_NORMS | ATTENTION, experts=_EXPERTS, router="block_sparse_moe.gate")

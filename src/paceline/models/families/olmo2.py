@@ -21,9 +21,7 @@ from paceline.models.families.base import weight_map as common_map
 from paceline.plan.model_spec import ModelSpec
 
 PRESETS = {
-    "tiny": replace(
-        llama.PRESETS["tiny"], family="olmo2", norm_placement="after", qk_norm="all"
-    )
+    "tiny": replace(llama.PRESETS["tiny"], family="olmo2", norm_placement="after", qk_norm="all")
 }
 
 _POST_NORMS = {
