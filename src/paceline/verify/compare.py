@@ -2,8 +2,8 @@
 
 The error of a gradient is ``max|a - b| / max(max|b|, 1e-6 G)`` for each parameter, G being the
 largest gradient of the model: some gradients are zero in theory, and a plain relative error means
-nothing there. Weights are compared in norm, ``|a - b| / max(|b|, 1e-6 W)``, W being the largest norm
-of a parameter: a bias of keys has no gradient in theory, and is rounding and nothing else.
+nothing there. Weights are compared in norm, ``|a - b| / max(|b|, 1e-6 W)``, W being the largest
+norm of a parameter: a bias of keys has no gradient in theory, and is rounding and nothing else.
 """
 
 from __future__ import annotations
