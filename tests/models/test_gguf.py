@@ -242,8 +242,8 @@ def test_a_file_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"architecture": "gemma3"}, "gemma3"),
-        ({"pre": "qwen2"}, "qwen2"),
+        ({"architecture": "falcon"}, "falcon"),
+        ({"pre": "deepseek-llm"}, "deepseek-llm"),
         ({"fields": [("llama.rope.scaling.factor", 2.0)]}, "rope scaling"),
     ],
 )

@@ -28,7 +28,9 @@ SMOLLM2_135M = spec_of("49152 576 30 9 3 64 1536", tied_embeddings=True)
 LLAMA_31_8B = spec_of(
     "128256 4096 32 32 8 128 14336",
     rope_theta=500000.0,
-    rope_scaling=RopeScaling(factor=8.0, low_factor=1.0, high_factor=4.0, original_positions=8192),
+    rope_scaling=RopeScaling(
+        kind="llama3", factor=8.0, low_factor=1.0, high_factor=4.0, original_positions=8192
+    ),
 )
 LLAMA_2_7B = spec_of("32000 4096 32 32 32 128 11008")
 TINY = "10 8 3 2 1 3 5"  # heads narrower than the stream; few enough to count by hand
@@ -57,7 +59,8 @@ def test_a_block_by_hand():
     spec = spec_of(TINY)
     assert (spec.d_query, spec.d_kv) == (6, 3)
     # query and output 2 * 8 * 6, key and value 2 * 8 * 3, gate, up and down 3 * 8 * 5
-    assert spec.layer_matrix_parameters == 96 + 48 + 120
+    assert spec.attention_matrix_parameters == 96 + 48
+    assert spec.ffn_matrix_parameters(0, active=True) == 120
     # two norms of 8 a block; embedding, head, last norm
     assert spec.num_parameters == 3 * (264 + 16) + 80 + 80 + 8
 
@@ -66,7 +69,8 @@ def test_a_block_by_hand():
     ("flag", "difference"),
     [
         ("tied_embeddings", -10 * 8),
-        ("attention_bias", 3 * (6 + 3 + 3 + 8)),
+        ("qkv_bias", 3 * (6 + 3 + 3)),
+        ("output_bias", 3 * 8),
         ("ffn_bias", 3 * (5 + 5 + 8)),
     ],
 )

@@ -35,7 +35,8 @@ UNTIED = ModelSpec(
     head_dim=4,
     d_ffn=28,
     max_positions=24,
-    attention_bias=True,
+    qkv_bias=True,
+    output_bias=True,
     ffn_bias=True,
 )
 

@@ -340,7 +340,7 @@ def one_rank_s_update_skipped(patch: Patch, rank: int) -> None:
 
 @mutant(SHARDED, PACKED)
 def document_mask_leaked(patch: Patch, _rank: int) -> None:
-    patch.setattr(Layout, "mask_B1TT", None)
+    patch.setattr(Layout, "mask_B1TT", lambda _self, _window=None: None)
 
 
 @mutant(REPLICATED, PACKED)

@@ -37,7 +37,8 @@ SPEC = ModelSpec(
     d_ffn=20,
     max_positions=32,
     tied_embeddings=True,
-    attention_bias=True,
+    qkv_bias=True,
+    output_bias=True,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paceline.models.attention import scaled_dot_product
+from paceline.models.attention import AttentionSite, scaled_dot_product
 from paceline.models.layout import Layout
 from paceline.plan.model_spec import ModelSpec
 
@@ -27,7 +27,7 @@ class KVCache(Protocol):
         ...
 
     def attend(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layout: Layout, layer: int
+        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layout: Layout, site: AttentionSite
     ) -> Tensor:
         """Stores the keys and values of T new tokens and attends over all tokens; B is 1."""
         ...
@@ -63,24 +63,22 @@ class ContiguousCache:
         v_BTKH: Tensor,
         *,
         layout: Layout,  # noqa: ARG002 (part of the seam)
-        layer: int,
+        site: AttentionSite,
     ) -> Tensor:
         start, end = self._num_tokens, self._num_tokens + q_BTNH.shape[1]
         self._reserve(end)
-        store_2BSKH = self._store_L2BSKH[layer]
+        store_2BSKH = self._store_L2BSKH[site.layer]
         store_2BSKH[0, :, start:end] = k_BTKH
         store_2BSKH[1, :, start:end] = v_BTKH
-        mask_TS = None
-        if start and end - start > 1:  # a chunk after the first: torch's causal flag is for squares
-            mask_TS = torch.ones(end - start, end, dtype=torch.bool, device=q_BTNH.device).tril(
-                start
-            )
+        first = 0 if site.window is None else max(0, start + 1 - site.window)
+        mask_TS = _mask_TS(start - first, end - start, site.window, q_BTNH.device)
         return scaled_dot_product(
             q_BTNH,
-            store_2BSKH[0, :, :end],
-            store_2BSKH[1, :, :end],
+            store_2BSKH[0, :, first:end],
+            store_2BSKH[1, :, first:end],
             mask_TS,
-            is_causal=start == 0 and end > 1,
+            is_causal=mask_TS is None and end - start > 1,
+            scale=site.scale,
         )
 
     def commit(self, num_tokens: int) -> None:
@@ -96,3 +94,22 @@ class ContiguousCache:
         shape = (*old.shape[:3], capacity, *old.shape[4:])
         self._store_L2BSKH = torch.empty(shape, dtype=old.dtype, device=old.device)
         self._store_L2BSKH[:, :, :, : old.shape[3]] = old
+
+
+def _mask_TS(
+    num_before: int, num_new: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each new token sees; None where it is all of them, or a plain causal square.
+
+    Args:
+        num_before: keys before the first new token.
+        num_new: new tokens, whose keys come last.
+        window: tokens that a query sees, its own among them.
+        device: of the mask.
+    """
+    is_wide = window is None or window >= num_before + num_new
+    if num_new == 1 or (num_before == 0 and is_wide):
+        return None
+    mask_TS = torch.ones(num_new, num_before + num_new, dtype=torch.bool, device=device)
+    mask_TS = mask_TS.tril(num_before)
+    return mask_TS if window is None else mask_TS.triu(num_before + 1 - window)

@@ -6,15 +6,31 @@ The module makes queries, keys and values and rotates them; what happens between
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from paceline.models.layout import Layout
-from paceline.models.linear import Linear
+from paceline.models.linear import Linear, make_norm
 from paceline.models.rope import rotate
 from paceline.plan.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """One of a model's attentions.
+
+    Attributes:
+        layer: its index.
+        window: tokens that a query sees, its own among them; None for all.
+        scale: what scores are multiplied by.
+    """
+
+    layer: int
+    window: int | None
+    scale: float
 
 
 class Attend(Protocol):
@@ -25,64 +41,86 @@ class Attend(Protocol):
         k_BTKH: rotated keys of the same tokens; K divides N.
         v_BTKH: values of the same tokens.
         layout: positions and documents of the tokens.
-        layer: index of the calling layer, for cores that keep something for each.
+        site: the calling attention; cores that keep something for each layer key it by this.
 
     Returns:
         out_BTNH in the dtype of the queries; the softmax is at least in float32.
     """
 
     def __call__(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layout: Layout, layer: int
+        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layout: Layout, site: AttentionSite
     ) -> Tensor: ...
 
 
 def attend_within(
-    q_BTNH: Tensor,
-    k_BTKH: Tensor,
-    v_BTKH: Tensor,
-    *,
-    layout: Layout,
-    layer: int,  # noqa: ARG001 (part of the seam)
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layout: Layout, site: AttentionSite
 ) -> Tensor:
     """Causal attention inside each document of the batch, through torch's fused kernel."""
-    mask_B1TT = layout.mask_B1TT
-    return scaled_dot_product(q_BTNH, k_BTKH, v_BTKH, mask_B1TT, is_causal=mask_B1TT is None)
+    mask_B1TT = layout.mask_B1TT(site.window)
+    is_causal = mask_B1TT is None
+    return scaled_dot_product(
+        q_BTNH, k_BTKH, v_BTKH, mask_B1TT, is_causal=is_causal, scale=site.scale
+    )
 
 
 def scaled_dot_product(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Tensor | None, *, is_causal: bool
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
-    """Softmax(q k^T / sqrt(H)) v with N / K queries to each key head."""
+    """Softmax(scale q k^T) v with N / K queries to each key head."""
     out_BNTH = functional.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSKH.transpose(1, 2),
         v_BSKH.transpose(1, 2),
         attn_mask=mask,
         is_causal=is_causal,
+        scale=scale,
         enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
     )
     return out_BNTH.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with grouped key and value heads and rotary positions."""
+    """Multi-head self-attention with grouped key and value heads."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        self.site = AttentionSite(layer, spec.window_of(layer), scale)
         self.head_dim = spec.head_dim
-        bias = spec.attention_bias
-        self.query = Linear(spec.d_model, spec.d_query, bias=bias)
-        self.key = Linear(spec.d_model, spec.d_kv, bias=bias)
-        self.value = Linear(spec.d_model, spec.d_kv, bias=bias)
-        self.output = Linear(spec.d_query, spec.d_model, bias=bias)
+        self.query = Linear(spec.d_model, spec.d_query, bias=spec.qkv_bias)
+        self.key = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
+        self.value = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
+        self.output = Linear(spec.d_query, spec.d_model, bias=spec.output_bias)
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm != "none":
+            is_whole = spec.qk_norm == "all"
+            self.query_norm = make_norm(spec, spec.d_query if is_whole else spec.head_dim)
+            self.key_norm = make_norm(spec, spec.d_kv if is_whole else spec.head_dim)
 
     def forward(
-        self, x_BTD: Tensor, layout: Layout, angles: tuple[Tensor, Tensor], attend: Attend
+        self, x_BTD: Tensor, layout: Layout, angles: tuple[Tensor, Tensor] | None, attend: Attend
     ) -> Tensor:
-        heads = (-1, self.head_dim)
-        q_BTNH = rotate(self.query(x_BTD).unflatten(-1, heads), *angles)
-        k_BTKH = rotate(self.key(x_BTD).unflatten(-1, heads), *angles)
-        v_BTKH = self.value(x_BTD).unflatten(-1, heads)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, layout=layout, layer=self.layer)
+        q_BTNH, k_BTKH = self._normed(self.query(x_BTD), self.key(x_BTD))
+        v_BTKH = self._heads(self.value(x_BTD))
+        if angles is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, layout=layout, site=self.site)
         return self.output(out_BTNH.flatten(2))
+
+    def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys cut into heads, normed if the model does so."""
+        if self.qk_norm == "all":
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        q_BTNH, k_BTKH = self._heads(queries), self._heads(keys)
+        if self.qk_norm == "head":
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        return q_BTNH, k_BTKH
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))

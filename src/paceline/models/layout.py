@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ class Layout:
 
     positions_BT: Tensor
     documents_BT: Tensor | None = None
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def whole_rows(cls, tokens_BT: Tensor) -> Layout:
@@ -42,12 +42,25 @@ class Layout:
         start_BT = torch.where(starts_BT, index_BT, 0).cummax(dim=1).values
         return cls(index_BT - start_BT, documents_BT)
 
-    @cached_property
-    def mask_B1TT(self) -> Tensor | None:
-        """True where a query may see a key, or None where the plain causal mask will do."""
-        if self.documents_BT is None:
+    def mask_B1TT(self, window: int | None = None) -> Tensor | None:
+        """True where a query may see a key, or None where the plain causal mask will do.
+
+        Made once for each window; all layers of a pass share it.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._mask_B1TT(window)
+        return self._masks[window]
+
+    def _mask_B1TT(self, window: int | None) -> Tensor | None:
+        length = self.positions_BT.shape[1]
+        is_wide = window is None or window >= length
+        if self.documents_BT is None and is_wide:
             return None
-        length = self.documents_BT.shape[1]
+        device = self.positions_BT.device
+        seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        if window is not None and not is_wide:
+            seen_TT = seen_TT.triu(1 - window)
+        if self.documents_BT is None:
+            return seen_TT[None, None]
         same_BTT = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
-        causal_TT = torch.ones(length, length, dtype=torch.bool, device=same_BTT.device).tril()
-        return (same_BTT & causal_TT)[:, None]
+        return (same_BTT & seen_TT)[:, None]

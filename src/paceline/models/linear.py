@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paceline.plan.model_spec import ModelSpec
+
 
 class Linear(nn.Linear):
     """``y = x W^T + b`` in the dtype of x."""
@@ -20,14 +22,39 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, arXiv:1910.07467), at least in float32 inside."""
+    """Root-mean-square norm (Zhang and Sennrich, arXiv:1910.07467), at least in float32 inside.
 
-    def __init__(self, width: int, eps: float) -> None:
+    Args:
+        width: of the last dimension.
+        eps: added to the mean square.
+        offset: added to the weight, which is then applied in the wide dtype too, as Gemma does.
+    """
+
+    def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x_BTD.dtype) * (wide_BTD * scale_BT1).to(x_BTD.dtype)
+        normed_BTD = wide_BTD * scale_BT1
+        if self.offset:
+            return (normed_BTD * (self.weight.to(wide_BTD.dtype) + self.offset)).to(x_BTD.dtype)
+        return self.weight.to(x_BTD.dtype) * normed_BTD.to(x_BTD.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (Ba et al., arXiv:1607.06450) in the dtype of x."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def make_norm(spec: ModelSpec, width: int) -> nn.Module:
+    """The norm that a model uses, over `width` values."""
+    if spec.norm == "layer":
+        return LayerNorm(width, spec.norm_eps)
+    return RMSNorm(width, spec.norm_eps, spec.norm_offset)

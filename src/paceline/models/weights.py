@@ -38,10 +38,10 @@ class RandomWeights:
 
     def read(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if "norm" in name.split(".")[-2]:
-            return torch.ones(shape)
         if name.endswith(".bias"):
             return torch.zeros(shape)
+        if "norm" in name.split(".")[-2]:
+            return torch.full(shape, 1.0 - self._spec.norm_offset)
         draws = rng.normal(shape.numel(), seed=self._seed, purpose="initialise", stream=name)
         values = (draws * self._spec.initializer_std).astype(np.float32)
         return torch.from_numpy(values).view(shape)

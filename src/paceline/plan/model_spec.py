@@ -16,16 +16,37 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling(Config):
-    """Llama 3's stretching of rotary frequencies to longer contexts.
+    """How rotary frequencies are stretched to longer contexts.
 
-    Wavelengths above ``original_positions / low_factor`` are stretched by `factor`, those below
-    ``original_positions / high_factor`` are kept, those between are blended.
+    ``linear`` divides all of them by `factor`. ``llama3`` stretches wavelengths above
+    ``original_positions / low_factor``, keeps those below ``original_positions / high_factor``,
+    and blends between.
     """
 
+    kind: Literal["linear", "llama3"]
     factor: float
-    low_factor: float
-    high_factor: float
-    original_positions: int
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeSpec(Config):
+    """A mixture of experts in place of the feed-forward.
+
+    Attributes:
+        num_experts: E.
+        experts_per_token: how many each token goes to.
+        d_expert: width of an expert's hidden layer.
+        normalize_weights: whether the chosen experts' weights are made to sum to 1.
+        dense_layers: layers that keep the plain feed-forward.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    d_expert: int
+    normalize_weights: bool = True
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +63,27 @@ class ModelSpec(Config):
         head_dim: H.
         d_ffn: F, width of the feed-forward's hidden layer.
         max_positions: the longest context in tokens.
+        positions: rotated heads, or an embedding of the position added to the token's.
         rope_theta: base of the rotary frequencies.
         rope_scaling: see `RopeScaling`.
+        window: tokens that a windowed layer attends to, the query's own among them.
+        global_layers: layers without a window, where there is one. Absent: none.
+        window_rope_theta: base of the rotary frequencies of windowed layers, never scaled; absent:
+            as in the others.
+        norm: root-mean-square norm, or layer norm with a bias.
         norm_eps: added to the mean square before its root.
+        norm_offset: what is added to a norm's weight: 1 where weights are kept as differences.
+        norm_placement: whether a block norms what goes into attention and feed-forward, what
+            comes out of them, or both.
+        qk_norm: whether queries and keys are normed: each head, or all heads as one.
+        activation: of the feed-forward.
+        gated_ffn: whether the feed-forward multiplies two projections.
+        moe: mixture of experts, or None.
         tied_embeddings: whether the head is the embedding.
-        attention_bias: whether query, key, value and output projections have biases.
+        embedding_scale: what embeddings are multiplied by.
+        attention_scale: what scores are multiplied by; absent: ``head_dim ** -0.5``.
+        qkv_bias: whether query, key and value projections have biases.
+        output_bias: whether attention's output projection has one.
         ffn_bias: whether the feed-forward's projections have biases.
         initializer_std: of the weights of a random model.
     """
@@ -60,11 +97,25 @@ class ModelSpec(Config):
     head_dim: int
     d_ffn: int
     max_positions: int
+    positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    window_rope_theta: float | None = None
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    norm_placement: Literal["before", "after", "both"] = "before"
+    qk_norm: Literal["none", "head", "all"] = "none"
+    activation: Literal["silu", "gelu-tanh"] = "silu"
+    gated_ffn: bool = True
+    moe: MoeSpec | None = None
     tied_embeddings: bool = False
-    attention_bias: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
     ffn_bias: bool = False
     initializer_std: float = 0.02
 
@@ -78,38 +129,77 @@ class ModelSpec(Config):
         """Width of all key heads together, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, None where it sees the whole document."""
+        return None if layer in self.global_layers else self.window
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
+
     # Parameters
 
     @property
-    def layer_matrix_parameters(self) -> int:
-        """Weights of one block that multiply every token."""
-        attention = 2 * self.d_model * self.d_query + 2 * self.d_model * self.d_kv
-        return attention + 3 * self.d_model * self.d_ffn
+    def attention_matrix_parameters(self) -> int:
+        """Weights of one layer's projections to and from heads."""
+        return 2 * self.d_model * self.d_query + 2 * self.d_model * self.d_kv
+
+    def ffn_matrix_parameters(self, layer: int, *, active: bool) -> int:
+        """Weights of one layer's feed-forward: all of them, or those that a token meets."""
+        matrices = 3 if self.gated_ffn else 2
+        if self.moe is None or layer in self.moe.dense_layers:
+            return matrices * self.d_model * self.d_ffn
+        experts = self.moe.experts_per_token if active else self.moe.num_experts
+        router = self.d_model * self.moe.num_experts
+        return router + experts * matrices * self.d_model * self.moe.d_expert
+
+    def matrix_parameters(self, *, active: bool) -> int:
+        """Weights of all blocks that multiply tokens."""
+        ffn = sum(self.ffn_matrix_parameters(n, active=active) for n in range(self.num_layers))
+        return self.num_layers * self.attention_matrix_parameters + ffn
 
     @property
     def num_parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        attention_biases = (self.d_query + 2 * self.d_kv + self.d_model) * self.attention_bias
-        ffn_biases = (2 * self.d_ffn + self.d_model) * self.ffn_bias
-        norms = 2 * self.d_model
-        layer = self.layer_matrix_parameters + attention_biases + ffn_biases + norms
-        embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.d_model
+        return self._parameters(active=False)
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token uses; all of them in a dense model."""
-        return self.num_parameters
+        """Parameters that one token meets; all of them in a dense model."""
+        return self._parameters(active=True)
+
+    def _parameters(self, *, active: bool) -> int:
+        embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
+        if self.positions == "learned":
+            embeddings += self.max_positions * self.d_model
+        vectors = self.num_layers * self._layer_vector_parameters + self._norm_parameters
+        return self.matrix_parameters(active=active) + embeddings + vectors
+
+    @property
+    def _norm_parameters(self) -> int:
+        return self.d_model * (2 if self.norm == "layer" else 1)
+
+    @property
+    def _layer_vector_parameters(self) -> int:
+        """Norms and biases of one layer."""
+        norms = self._norm_parameters * (4 if self.norm_placement == "both" else 2)
+        per_head = {"none": 0, "head": 2 * self.head_dim, "all": self.d_query + self.d_kv}
+        biases = (self.d_query + 2 * self.d_kv) * self.qkv_bias + self.d_model * self.output_bias
+        biases += ((2 if self.gated_ffn else 1) * self.d_ffn + self.d_model) * self.ffn_bias
+        return norms + per_head[self.qk_norm] + biases
 
     # FLOPs
 
     def attention_flops_per_token(self, sequence_length: int) -> float:
         """Scores and weighted values of all layers, forward, mean over a causal sequence."""
-        return 4.0 * self.num_layers * self.d_query * (sequence_length + 1) / 2
+        keys = sum(
+            _mean_keys(sequence_length, self.window_of(layer)) for layer in range(self.num_layers)
+        )
+        return 4.0 * self.d_query * keys
 
     def forward_flops_per_token(self, sequence_length: int) -> float:
         """Forward FLOPs of one token, the output head included."""
-        matrices = self.num_layers * self.layer_matrix_parameters + self.vocab_size * self.d_model
+        matrices = self.matrix_parameters(active=True) + self.vocab_size * self.d_model
         return 2.0 * matrices + self.attention_flops_per_token(sequence_length)
 
     def backward_flops_per_token(
@@ -144,3 +234,10 @@ class ModelSpec(Config):
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * self.d_kv * DTYPE_BYTES[dtype]
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Keys that a query sees, mean over a sequence."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return (window * (window + 1) / 2 + (length - window) * window) / length

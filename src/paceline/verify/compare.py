@@ -2,7 +2,8 @@
 
 The error of a gradient is ``max|a - b| / max(max|b|, 1e-6 G)`` for each parameter, G being the
 largest gradient of the model: some gradients are zero in theory, and a plain relative error means
-nothing there. Weights are compared in norm, ``|a - b| / |b|``.
+nothing there. Weights are compared in norm, ``|a - b| / max(|b|, 1e-6 W)``, W being the largest
+norm of a parameter: a bias of keys has no gradient in theory, and is rounding and nothing else.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def gradient_errors(
 
 def weight_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     """The error of each parameter, in norm."""
+    largest = max((float(value.norm()) for value in expected.values()), default=0.0)
     return {
         name: float((found[name] - value).norm())
-        / max(float(value.norm()), torch.finfo(value.dtype).tiny)
+        / max(float(value.norm()), _FLOOR * largest, torch.finfo(value.dtype).tiny)
         for name, value in expected.items()
     }
 

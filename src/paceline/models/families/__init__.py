@@ -2,10 +2,10 @@
 
 A family is a module with
 
-    spec_from_config(config: dict) -> ModelSpec     reads a Hugging Face config.json
-    config_from_spec(spec: ModelSpec) -> dict       writes one
-    weight_names(spec: ModelSpec) -> dict           our parameter name to the published one
-    PRESETS: dict[str, ModelSpec]                   sizes for ``random:FAMILY:SIZE``
+    spec_from_config(config: dict) -> ModelSpec      reads a Hugging Face config.json
+    config_from_spec(spec: ModelSpec) -> dict        writes one
+    weight_map(spec: ModelSpec) -> dict[str, Stored] our parameters to where files keep them
+    PRESETS: dict[str, ModelSpec]                    sizes for ``random:FAMILY:SIZE``
 
 none of which needs torch.
 """
@@ -31,7 +31,33 @@ _SIZES = (
     "max_positions",
 )
 
-FAMILIES = NameTable("model family", {"llama": "paceline.models.families.llama"})
+FAMILIES = NameTable(
+    "model family",
+    {
+        "llama": "paceline.models.families.llama",
+        "mistral": "paceline.models.families.mistral",
+        "qwen2": "paceline.models.families.qwen2",
+        "qwen3": "paceline.models.families.qwen3",
+        "gemma3": "paceline.models.families.gemma3",
+        "gpt2": "paceline.models.families.gpt2",
+        "olmo2": "paceline.models.families.olmo2",
+        "mixtral": "paceline.models.families.mixtral",
+        "qwen3-moe": "paceline.models.families.qwen3_moe",
+    },
+)
+
+_MODEL_TYPES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "olmo2": "olmo2",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3-moe",
+}
+"""What a config.json calls each family."""
 
 
 def family(name: str) -> Any:
@@ -50,10 +76,13 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
         UsageError: a family or a feature that this version does not compute; names it.
         ConfigError: sizes that make no model, all of them.
     """
-    name = str(config.get("model_type"))
-    if name not in FAMILIES:
-        hint = name_hint(name, FAMILIES)
-        raise UsageError(f"{source}: model_type {name!r} is not built in this version", hint=hint)
+    model_type = str(config.get("model_type"))
+    if model_type not in _MODEL_TYPES:
+        hint = name_hint(model_type, _MODEL_TYPES)
+        raise UsageError(
+            f"{source}: model_type {model_type!r} is not built in this version", hint=hint
+        )
+    name = _MODEL_TYPES[model_type]
     try:
         spec: ModelSpec = family(name).spec_from_config(config)
     except KeyError as error:
@@ -75,7 +104,10 @@ def _problems(spec: ModelSpec) -> list[Problem]:
     if not problems and spec.num_heads % spec.num_kv_heads:
         rule = f"must divide num_heads = {spec.num_heads}"
         problems.append(Problem("num_kv_heads", str(spec.num_kv_heads), rule))
-    if spec.head_dim % 2:
+    if spec.head_dim % 2 and spec.positions == "rotary":
         rule = "must be even: rotary positions turn its halves against each other"
         problems.append(Problem("head_dim", str(spec.head_dim), rule))
+    if spec.moe is not None and not 0 < spec.moe.experts_per_token <= spec.moe.num_experts:
+        rule = f"must be from 1 to num_experts = {spec.moe.num_experts}"
+        problems.append(Problem("moe.experts_per_token", str(spec.moe.experts_per_token), rule))
     return problems

@@ -1,0 +1,64 @@
+"""Qwen 3 with experts (Yang et al., arXiv:2505.09388), in all layers or in some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from paceline.models.families import qwen3
+from paceline.models.families.base import (
+    ATTENTION,
+    GATED_FFN,
+    PRE_NORMS,
+    QUERY_KEY_NORMS,
+    Stored,
+    write_common,
+    write_windows,
+)
+from paceline.models.families.base import weight_map as common_map
+from paceline.plan.model_spec import ModelSpec, MoeSpec
+
+_EXPERTS = {part: f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+
+PRESETS = {
+    "tiny": replace(
+        qwen3.PRESETS["tiny"],
+        family="qwen3-moe",
+        tied_embeddings=False,
+        moe=MoeSpec(num_experts=6, experts_per_token=2, d_expert=40, dense_layers=(0,)),
+    )
+}
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    step = config.get("decoder_sparse_step", 1)
+    listed = config.get("mlp_only_layers") or []
+    layers = range(config["num_hidden_layers"])
+    moe = MoeSpec(
+        num_experts=config.get("num_experts") or config["num_local_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        d_expert=config["moe_intermediate_size"],
+        normalize_weights=config.get("norm_topk_prob", False),
+        dense_layers=tuple(n for n in layers if n in listed or (n + 1) % step),
+    )
+    return replace(qwen3.spec_from_config(config), family="qwen3-moe", moe=moe)
+
+
+def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    assert spec.moe is not None
+    common = write_common(spec, "qwen3_moe", "Qwen3MoeForCausalLM") | write_windows(spec)
+    return common | {
+        "attention_bias": spec.qkv_bias,
+        "num_experts": spec.moe.num_experts,
+        "num_experts_per_tok": spec.moe.experts_per_token,
+        "moe_intermediate_size": spec.moe.d_expert,
+        "norm_topk_prob": spec.moe.normalize_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(spec.moe.dense_layers),
+    }
+
+
+def weight_map(spec: ModelSpec) -> dict[str, Stored]:
+    block = PRE_NORMS | ATTENTION | QUERY_KEY_NORMS | GATED_FFN
+    return common_map(spec, block, experts=_EXPERTS, router="mlp.gate")
