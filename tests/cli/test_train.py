@@ -551,3 +551,15 @@ def test_two_agents_train_as_one_process_does(data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert record["loss"] == losses[1][-1]
     assert record["loss"] == pytest.approx(json.loads(alone.stdout)["loss"], rel=1e-6)
+
+
+def test_a_run_begun_with_relative_paths_goes_on_from_any_folder(monkeypatch, capsys, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "text.txt").write_text("a line of text, again and again. " * 40)
+    monkeypatch.chdir(tmp_path / "texts")
+    sizes = ("--set", "train.sequence_length=16", "--set", "train.tokens_per_step=32")
+    begun = ("train", MODEL, "--data", "text.txt", "--steps", "1", "--out", "../run", *sizes)
+    assert inside(monkeypatch, capsys, *begun)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    code, _, err = inside(monkeypatch, capsys, "train", "--resume", "run", "--steps", "2")
+    assert code == 0, err

@@ -115,7 +115,8 @@ def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, b
     first, second = on_ranks(plan, work)
     assert first == second
     num_trained, num_tensors, gradients, norms = first
-    layer = SPEC.layer_matrix_parameters + 2 * SPEC.d_model
+    matrices = SPEC.attention_matrix_parameters + SPEC.ffn_matrix_parameters(0, active=True)
+    layer = matrices + 2 * SPEC.d_model
     assert num_trained == SPEC.num_parameters - layer - SPEC.d_model
     assert sum(transfer.size_bytes for transfer in gradients) == 4 * num_trained
     assert {transfer[:2] for transfer in gradients} == {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from paceline.core.errors import DataError
+from paceline.core.errors import DataError, PacelineError
 from paceline.data.batch import IGNORED, Batch
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS
@@ -112,6 +112,19 @@ def test_a_step_without_a_label_is_refused():
     with pytest.raises(DataError, match="without a single valid token"):
         train_step(state, [batch_of([IGNORED])], next_token, WORLD, learning_rate=1, max_norm=1)
     assert state.step == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_weight_moves():
+    state = state_of(Plan())
+    before = {name: p.detach().clone() for name, p in state.model.module.named_parameters()}
+    with torch.no_grad():
+        state.model.module.norm.weight[0] = math.inf
+    before["norm.weight"][0] = math.inf
+    with pytest.raises(PacelineError, match="step 1: the gradient's norm is nan"):
+        train_step(state, [FIRST], next_token, WORLD, learning_rate=0.1, max_norm=1.0)
+    assert state.step == 0
+    for name, parameter in state.model.module.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_a_state_s_tensors_are_named_and_live():

@@ -110,8 +110,14 @@ def _new_job(
     folder = RunFolder(out)
     if not is_launched():  # ranks come after the first of them has written the folder
         folder.require_new()
-    config = RunConfig(model=model, data=data, steps=steps or DEFAULT_STEPS)
+    config = RunConfig(model=_absolute(model), data=_absolute(data), steps=steps or DEFAULT_STEPS)
     return Job(config, plan, folder, checkpoint=None)
+
+
+def _absolute(name: str) -> str:
+    """A path such that a run can be resumed from any folder; other names as they are."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 def _resumed_job(path: Path, steps: int | None) -> Job:

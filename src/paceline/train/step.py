@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from paceline.core.errors import PacelineError
 from paceline.data.batch import Batch
 from paceline.dist.world import World
 from paceline.optim.scale import LossScale, clip, global_norm
@@ -58,7 +60,11 @@ def compute_gradients(
     *,
     max_norm: float,
 ) -> StepResult:
-    """Leaves the clipped gradient of the step's mean loss in the parameters."""
+    """Leaves the clipped gradient of the step's mean loss in the parameters.
+
+    Raises:
+        PacelineError: a gradient that is not finite; no weight has moved.
+    """
     model = state.model
     scale = LossScale(sum(batch.count for batch in batches), world)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -69,6 +75,9 @@ def compute_gradients(
     model.data.finish_gradients(model.module)
     parameters = model.trained_parameters()
     norm = global_norm(parameters, model.data.split_axes, world)
+    if not math.isfinite(norm):
+        hint = "a lower optimizer.lr, or resume from a checkpoint before it"
+        raise PacelineError(f"step {state.step + 1}: the gradient's norm is {norm}", hint=hint)
     return StepResult(
         loss=scale.mean_loss(loss_sum),
         grad_norm=norm,
