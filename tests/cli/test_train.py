@@ -18,6 +18,7 @@ import pytest
 
 from paceline.checkpoint.manifest import complete_checkpoints, read_manifest, verify_files
 from paceline.cli.main import main
+from paceline.cli.train import _absolute
 from paceline.core.record import read_records
 from paceline.plan.plan import Plan
 from paceline.train.run import RunFolder
@@ -563,3 +564,11 @@ def test_a_run_begun_with_relative_paths_goes_on_from_any_folder(monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     code, _, err = inside(monkeypatch, capsys, "train", "--resume", "run", "--steps", "2")
     assert code == 0, err
+
+
+def test_a_known_name_is_not_taken_for_a_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert _absolute("smollm2-135m") == "smollm2-135m"
+    assert _absolute("mine") == str((tmp_path / "mine").resolve())

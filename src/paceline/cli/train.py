@@ -115,9 +115,14 @@ def _new_job(
 
 
 def _absolute(name: str) -> str:
-    """A path such that a run can be resumed from any folder; other names as they are."""
+    """A path such that a run can be resumed from any folder; other names as they are.
+
+    A known model stays one, even beside a folder of its name, as everywhere else.
+    """
+    from paceline.models.hub import KNOWN
+
     path = Path(name)
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if name not in KNOWN and path.exists() else name
 
 
 def _resumed_job(path: Path, steps: int | None) -> Job:
