@@ -18,9 +18,9 @@ import pytest
 
 from paceline.checkpoint.manifest import complete_checkpoints, read_manifest, verify_files
 from paceline.cli.main import main
-from paceline.cli.train import _absolute
 from paceline.core.record import read_records
 from paceline.plan.plan import Plan
+from paceline.train.job import _absolute
 from paceline.train.run import RunFolder
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]

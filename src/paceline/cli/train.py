@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,21 +21,10 @@ from paceline.cli.options import (
 from paceline.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from paceline.models.hub import ModelSource
     from paceline.plan.plan import Plan
-    from paceline.train.run import RunConfig, RunFolder
+    from paceline.train.job import Job
 
 DEFAULT_STEPS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A run to start, or to go on with from a checkpoint."""
-
-    config: RunConfig
-    plan: Plan
-    folder: RunFolder
-    checkpoint: Path | None
 
 
 def train(
@@ -66,12 +54,13 @@ def train(
     from paceline.kernels.device import choose_device
     from paceline.models.hub import resolve
     from paceline.plan.check import require
+    from paceline.train.job import resumed_job, run_job
 
     require_dtype(dtype)
     if resume is not None:
         given = {"MODEL": model, "--data": data, "--plan": plan_file, "--out": out}
         _refuse_with_resume(given | {"--set": settings, "--dtype": dtype})
-        job = _resumed_job(resume, steps)
+        job = resumed_job(resume, steps)
     else:
         job = _new_job(model, data, out, steps, _plan(plan_file, settings, dtype))
     source_files(job.config.data)
@@ -82,9 +71,9 @@ def train(
     if job.plan.mesh.num_ranks > 1 and not is_launched():
         launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
         return
-    record = _run(job, source, device)
+    record = run_job(job, source, device)
     if as_json and record is not None:
-        print_json(record)
+        print_json(record.to_dict())
 
 
 def _plan(file: Path | None, settings: list[str] | None, dtype: str | None) -> Plan:
@@ -102,6 +91,7 @@ def _new_job(
     model: str | None, data: str | None, out: Path | None, steps: int | None, plan: Plan
 ) -> Job:
     from paceline.dist.launch import is_launched
+    from paceline.train.job import new_job
     from paceline.train.run import RunConfig, RunFolder
 
     if model is None or data is None or out is None:
@@ -110,50 +100,5 @@ def _new_job(
     folder = RunFolder(out)
     if not is_launched():  # ranks come after the first of them has written the folder
         folder.require_new()
-    config = RunConfig(model=_absolute(model), data=_absolute(data), steps=steps or DEFAULT_STEPS)
-    return Job(config, plan, folder, checkpoint=None)
-
-
-def _absolute(name: str) -> str:
-    """A path such that a run can be resumed from any folder; other names as they are.
-
-    A known model stays one, even beside a folder of its name, as everywhere else.
-    """
-    from paceline.models.hub import KNOWN
-
-    path = Path(name)
-    return str(path.resolve()) if name not in KNOWN and path.exists() else name
-
-
-def _resumed_job(path: Path, steps: int | None) -> Job:
-    from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
-    from paceline.train.run import RunFolder
-
-    checkpoint = newest_checkpoint(path)
-    folder = RunFolder(checkpoint.resolve().parent.parent)
-    config, plan = folder.read()
-    config = replace(config, steps=steps or config.steps)
-    if (done := read_manifest(checkpoint).step) >= config.steps:
-        hint = f"--steps with more than {done} to train on"
-        raise UsageError(f"{checkpoint} is at step {done} of {config.steps}: done", hint=hint)
-    return Job(config, plan, folder, checkpoint)
-
-
-def _run(job: Job, source: ModelSource, device_name: str) -> dict[str, Any] | None:
-    """Joins the ranks and trains; the final record, on the first rank."""
-    from paceline.core.env import rank_environment
-    from paceline.dist.world import open_world
-    from paceline.kernels.device import choose_device
-    from paceline.train.trainer import Trainer
-
-    environment = rank_environment()
-    device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
-    with open_world(job.plan.mesh, device) as world:
-        if job.checkpoint is None and world.is_first:
-            job.folder.start(job.config, job.plan, source.files)
-        world.barrier()
-        trainer = Trainer(source, job.config, job.plan, world, job.folder)
-        if job.checkpoint is not None:
-            trainer.restore(job.checkpoint)
-        record = trainer.run()
-        return record.to_dict() if record and world.is_first else None
+    config = RunConfig(model=model, data=data, steps=steps or DEFAULT_STEPS)
+    return new_job(config, plan, folder)

@@ -114,6 +114,15 @@ class TrainConfig(Config):
         microbatch_tokens: upper bound on the tokens of one micro-batch (but at least one
             sequence), unless `pipeline.num_microbatches` is given.
         freeze: shell-style patterns of parameter names that are not trained.
+        answers_only: whether of chats and of prompts with completions only the answers have a
+            loss.
+        long_documents: what becomes of a document longer than a sequence: cut into several
+            (``split``), left out (``drop``) or an error that names it (``refuse``). ``auto`` splits
+            text and refuses chats and prompts with completions, which make no sense in parts.
+        eval_interval_steps: steps between evaluations on held-out data, if there is any; the first
+            is before the first step, the last after the last.
+        eval_tokens: upper bound on the tokens of one evaluation (but at least one micro-batch on
+            each rank); the same ones every time.
     """
 
     sequence_length: int = 512
@@ -122,6 +131,31 @@ class TrainConfig(Config):
     pack: bool = True
     microbatch_tokens: int = 2048
     freeze: tuple[str, ...] = ()
+    answers_only: bool = True
+    long_documents: Literal["auto", "split", "drop", "refuse"] = "auto"
+    eval_interval_steps: int = 100
+    eval_tokens: int = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftConfig(Config):
+    """Parameter-efficient fine-tuning: a few new parameters are trained, the model's own are not.
+
+    Attributes:
+        method: what is added; ``none`` trains the model itself.
+        targets: shell-style patterns of the modules that are adapted. Absent: the method's usual.
+        rank: of the updates of ``lora`` and ``dora``.
+        alpha: these updates are scaled by ``alpha / rank``.
+        virtual_tokens: that ``prefix`` and ``prompt`` put before every document.
+        width: of the hidden layer of ``bottleneck``.
+    """
+
+    method: str = "none"
+    targets: tuple[str, ...] = ()
+    rank: int = 8
+    alpha: float = 16.0
+    virtual_tokens: int = 16
+    width: int = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +266,7 @@ class Plan(Config):
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
