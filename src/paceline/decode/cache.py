@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paceline.models.attention import AttentionSite, scaled_dot_product
+from paceline.kernels.attend import scaled_dot_product
+from paceline.models.attention import AttentionSite
 from paceline.models.layout import Layout
 from paceline.plan.model_spec import ModelSpec
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from paceline.kernels.attend import scaled_dot_product
+from paceline.kernels.rotate import rotate
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
-from paceline.models.rope import rotate
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -63,28 +63,6 @@ def attend_within(
     )
 
 
-def scaled_dot_product(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    mask: Tensor | None,
-    *,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """Softmax(scale q k^T) v with N / K queries to each key head."""
-    out_BNTH = functional.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BSKH.transpose(1, 2),
-        v_BSKH.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
-    )
-    return out_BNTH.transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with grouped key and value heads."""
 
@@ -96,6 +74,8 @@ class Attention(nn.Module):
         self.query = Linear(spec.d_model, spec.d_query, bias=spec.qkv_bias)
         self.key = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
         self.value = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
+        self.qkv: Linear | None = None  # in place of these three, once fused
+        self.widths = (spec.d_query, spec.d_kv, spec.d_kv)
         self.output = Linear(spec.d_query, spec.d_model, bias=spec.output_bias)
         self.qk_norm = spec.qk_norm
         if spec.qk_norm != "none":
@@ -106,12 +86,25 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, layout: Layout, angles: tuple[Tensor, Tensor] | None, attend: Attend
     ) -> Tensor:
-        q_BTNH, k_BTKH = self._normed(self.query(x_BTD), self.key(x_BTD))
-        v_BTKH = self._heads(self.value(x_BTD))
+        queries, keys, values = self._projected(x_BTD)
+        q_BTNH, k_BTKH = self._normed(queries, keys)
+        v_BTKH = self._heads(values)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
         out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, layout=layout, site=self.site)
         return self.output(out_BTNH.flatten(2))
+
+    @property
+    def inputs(self) -> tuple[Linear, Linear, Linear]:
+        """The projections of the input, in the order in which they are fused."""
+        return self.query, self.key, self.value
+
+    def _projected(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is None:
+            queries, keys, values = (project(x_BTD) for project in self.inputs)
+            return queries, keys, values
+        queries, keys, values = self.qkv(x_BTD).split(self.widths, dim=-1)
+        return queries, keys, values
 
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys cut into heads, normed if the model does so."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from paceline.kernels.linear import linear
 from paceline.models.attention import Attend, Attention, attend_within
 from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
             x_BTD = block(x_BTD, layout, angles[self.spec.window_of(layer) is not None], attend)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         if self.spec.tied_embeddings:
-            return functional.linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
+            return linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
         return self.head(x_BTD)
 
     def _embed(self, tokens_BT: Tensor, layout: Layout) -> Tensor:

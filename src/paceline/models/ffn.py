@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor, nn
-from torch.nn import functional
 
+from paceline.kernels.gate import ACTIVATIONS, gated
 from paceline.models.linear import Linear
 from paceline.plan.model_spec import ModelSpec
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu-tanh": partial(functional.gelu, approximate="tanh"),
-}
 
 
 class FeedForward(nn.Module):
@@ -22,14 +14,23 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = spec.activation
         self.is_gated = spec.gated_ffn
         if spec.gated_ffn:
             self.gate = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
+        self.gate_up: Linear | None = None  # in place of gate and up, once fused
         self.up = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
         self.down = Linear(spec.d_ffn, spec.d_model, bias=spec.ffn_bias)
 
+    @property
+    def inputs(self) -> tuple[Linear, Linear]:
+        """The projections of the input of a gated one, in the order in which they are fused."""
+        return self.gate, self.up
+
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gate_up is not None:
+            return self.down(gated(self.gate_up(x_BTD), self.activation))
+        activation = ACTIVATIONS[self.activation]
         if self.is_gated:
-            return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
-        return self.down(self.activation(self.up(x_BTD)))
+            return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(activation(self.up(x_BTD)))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paceline.kernels.linear import linear
+from paceline.kernels.norm import rms_norm
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -18,7 +20,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return functional.linear(input, self.weight.to(input.dtype), bias)
+        return linear(input, self.weight.to(input.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -37,12 +39,7 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        normed_BTD = wide_BTD * scale_BT1
-        if self.offset:
-            return (normed_BTD * (self.weight.to(wide_BTD.dtype) + self.offset)).to(x_BTD.dtype)
-        return self.weight.to(x_BTD.dtype) * normed_BTD.to(x_BTD.dtype)
+        return rms_norm(x_BTD, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(nn.LayerNorm):

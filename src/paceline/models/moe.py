@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from paceline.models.ffn import ACTIVATIONS
+from paceline.kernels.gate import ACTIVATIONS
 from paceline.models.linear import Linear
 from paceline.plan.model_spec import ModelSpec
 

@@ -35,12 +35,6 @@ def rotary_angles(
     return angles_BT1H.cos().to(dtype), angles_BT1H.sin().to(dtype)
 
 
-def rotate(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
-    """Rotates each head by its position's angles."""
-    first, second = x_BTNH.chunk(2, dim=-1)
-    return x_BTNH * cos_BT1H + torch.cat([-second, first], dim=-1) * sin_BT1H
-
-
 def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Position interpolation (Chen et al., arXiv:2306.15595), or Llama 3.1's frequency bands
     (Grattafiori et al., arXiv:2407.21783, Sec. 3.2).

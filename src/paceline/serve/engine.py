@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from paceline.core.clock import Clock, WallClock
 from paceline.core.errors import PacelineError
 from paceline.kernels.device import choose_device, choose_dtype
+from paceline.models.fuse import fuse
 from paceline.models.hub import ModelSource, resolve
 from paceline.models.tokenizer import Tokenizer
 from paceline.models.weights import build, fill
@@ -92,6 +93,7 @@ class Engine:
         where = choose_device(device)
         decoder = build(source.spec, choose_dtype(plan.serve.dtype, where))
         fill(decoder, source.weights, where)
+        fuse(decoder)
         return cls(
             LocalExecutor(decoder),
             POLICIES.load(plan.serve.policy),
