@@ -107,7 +107,7 @@ def test_bfloat16_trains_with_float32_state(documents, tmp_path, mesh):
         seen = []
         module = trainer.state.model.module
         module.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
-        module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+        module.norm.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         trainer.run()
         tensors = trainer.state.tensors().values()
         return {

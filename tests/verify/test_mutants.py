@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional
 
 from paceline.core.errors import RankError
 from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
 from paceline.data.rows import DocumentRows, PackedRows
 from paceline.dist.world import World
+from paceline.kernels import cross_entropy
 from paceline.kernels.device import choose_dtype
-from paceline.models import decoder
 from paceline.models.layout import Layout
+from paceline.models.tied import TiedEmbedding
 from paceline.models.weights import RandomWeights
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
@@ -269,10 +269,32 @@ def frozen_layer_decayed(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def tied_head_s_gradient_dropped(patch: Patch, _rank: int) -> None:
-    cut = SimpleNamespace(
-        linear=lambda x, weight: functional.linear(x, weight.detach()), silu=functional.silu
-    )
-    patch.setattr(decoder, "functional", cut)
+    patch.setattr(TiedEmbedding, "keep", lambda *_: None)
+
+
+@mutant(REPLICATED)
+def tied_embedding_s_rows_put_in_place_of_the_head_s(patch: Patch, _rank: int) -> None:
+    original = TiedEmbedding.take
+
+    def take(self: TiedEmbedding) -> torch.Tensor | None:
+        gradient = original(self)
+        return None if gradient is None else torch.zeros_like(gradient)
+
+    patch.setattr(TiedEmbedding, "take", take)
+
+
+@mutant(REPLICATED)
+def loss_s_last_chunk_without_a_gradient(patch: Patch, _rank: int) -> None:
+    original = cross_entropy._chunk
+
+    def chunk(
+        logits_CV: torch.Tensor, labels_C: torch.Tensor, wide: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, gradient = original(logits_CV, labels_C, wide)
+        gradient[-1] = 0
+        return loss, gradient
+
+    patch.setattr(cross_entropy, "_chunk", chunk)
 
 
 @mutant(REPLICATED)

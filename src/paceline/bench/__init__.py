@@ -2,5 +2,8 @@
 
 from paceline.core.registry import NameTable
 
-BENCHMARKS = NameTable("benchmark", {"generate": "paceline.bench.generate:run"})
+BENCHMARKS = NameTable(
+    "benchmark",
+    {"generate": "paceline.bench.generate:run", "train": "paceline.bench.train:run"},
+)
 """Name to ``run(against, model, dtype) -> Outcome``."""

@@ -16,7 +16,7 @@ import torch
 from paceline.bench.outcome import Outcome, interleave, ratio
 from paceline.core.errors import MissingExtraError, UnknownNameError
 from paceline.decode.sampler import SamplingParams
-from paceline.kernels.device import choose_device, describe
+from paceline.kernels.device import choose_device, choose_dtype, describe
 from paceline.models import hub
 from paceline.plan.plan import Plan
 from paceline.serve.engine import Engine
@@ -29,11 +29,12 @@ _READ_TRIALS = 5
 
 
 def run(
-    *, against: str = "transformers", model: str = "smollm2-135m", dtype: str = "float32"
+    *, against: str = "transformers", model: str = "smollm2-135m", dtype: str = "auto"
 ) -> Outcome:
     """Tokens per second of both sides, the prompt's computation included."""
     if against != "transformers":
         raise UnknownNameError("peer", against, ["transformers"])
+    dtype = str(choose_dtype(dtype, choose_device("cpu"))).removeprefix("torch.")
     plan = Plan().with_overrides([f'serve.dtype="{dtype}"'])
     engine = Engine.load(model, plan, device="cpu")
     prompt_ids = engine.tokenizer.encode(PROMPT)
@@ -45,7 +46,7 @@ def run(
     import transformers
 
     return Outcome(
-        name="generate",
+        name=f"generate, batch 1, {NUM_TOKENS} greedy tokens, {dtype}",
         unit="tokens/s",
         ours=rate,
         peer=statistics.median(theirs),

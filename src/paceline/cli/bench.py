@@ -14,7 +14,7 @@ def bench(
     name: Annotated[str, typer.Argument(help="A benchmark, for example generate.")],
     against: Annotated[str, typer.Option(help="The peer.")] = "transformers",
     model: Annotated[str, typer.Option(help="A MODEL.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure both sides in one run, in turns, and print the ratio with its spread."""
@@ -26,7 +26,7 @@ def bench(
         return
     ratios = outcome.ratios
     typer.echo(
-        f"{outcome.name}, {model}, {dtype}, {outcome.device}\n"
+        f"{outcome.name}, {model}, {outcome.device}\n"
         f"  ours    {outcome.ours:.1f} {outcome.unit}\n"
         f"  peer    {outcome.peer:.1f} {outcome.unit}  ({outcome.against})\n"
         f"  ratio   {ratios.median:.2f}, from {ratios.lowest:.2f} to {ratios.highest:.2f} "

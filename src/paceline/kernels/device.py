@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
@@ -14,6 +15,7 @@ from paceline.core.errors import UsageError
 
 _DEVICES = ("auto", "cpu", "cuda")
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device(name: str = "auto", *, local_rank: int = 0) -> torch.device:
@@ -87,6 +89,19 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library (glibc) to keep freed memory for the next tensor of its size.
+
+    By default every tensor above 32 MiB is fresh memory from the kernel, which clears it page by
+    page: a fifth of a small model's training step. Elsewhere this does nothing. Memory then
+    grows to the step's peak, where it would have come to anyway, and stays there.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def describe(device: torch.device) -> str:

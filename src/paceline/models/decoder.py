@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
 from paceline.models.rope import rotary_angles
+from paceline.models.tied import TiedEmbedding
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -39,6 +42,22 @@ class Block(nn.Module):
         attended_BTD = self.attention(self.attention_norm(x_BTD), layout, angles, attend)
         x_BTD = x_BTD + self.attention_post_norm(attended_BTD)
         return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_BTD)))
+
+
+class Head(Protocol):
+    """What becomes of the last hidden states: logits, or a loss that never holds them all.
+
+    Args:
+        x_BTD: after the last norm, in the compute dtype.
+        weight_VD: of the output head.
+    """
+
+    def __call__(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor: ...
+
+
+def logits(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Of the next token at every position, (B, T, V), in the dtype of x."""
+    return linear(x_BTD, weight_VD.to(x_BTD.dtype))
 
 
 class Decoder(nn.Module):
@@ -71,30 +90,32 @@ class Decoder(nn.Module):
         *,
         attend: Attend = attend_within,
         last_only: bool = False,
+        head: Head = logits,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or what another head makes.
 
         Args:
             tokens_BT: token ids.
             layout: where the tokens stand; by default every row is one document from position 0.
             attend: the core of attention.
             last_only: whether only the last position of each row is wanted.
+            head: takes the last hidden states and the weight of the output head.
 
         Returns:
-            logits_BTV, or logits_B1V, in the compute dtype.
+            What `head` returns: logits_BTV, or logits_B1V, in the compute dtype.
         """
         layout = layout or Layout.whole_rows(tokens_BT)
-        x_BTD = self._embed(tokens_BT, layout)
+        tied = TiedEmbedding(self.embedding.weight) if self.spec.tied_embeddings else None
+        x_BTD = tied.embed(tokens_BT) if tied else self.embedding(tokens_BT)
+        x_BTD = self._placed(x_BTD, layout)
         angles = self._angles(layout, x_BTD.dtype)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, layout, angles[self.spec.window_of(layer) is not None], attend)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        if self.spec.tied_embeddings:
-            return linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
-        return self.head(x_BTD)
+        return head(x_BTD, tied.head() if tied else self.head.weight)
 
-    def _embed(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
-        x_BTD = self.embedding(tokens_BT)
+    def _placed(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        """Embeddings as the first block takes them."""
         x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
         if self.spec.embedding_scale != 1.0:
             # The scale itself is rounded to the compute dtype, as it was in training.

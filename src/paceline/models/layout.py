@@ -33,7 +33,12 @@ class Layout:
 
     @classmethod
     def of_documents(cls, documents_BT: Tensor) -> Layout:
-        """Rows of consecutive documents; positions start anew with each of them."""
+        """Rows of consecutive documents; positions start anew with each of them.
+
+        Where every row is one document there is none to tell apart, and attention needs no mask.
+        """
+        if bool((documents_BT == documents_BT[:, :1]).all()):
+            return cls.whole_rows(documents_BT)
         index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(
             documents_BT.shape
         )

@@ -9,7 +9,7 @@ from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
 from paceline.core.env import rank_environment
 from paceline.core.errors import UsageError
 from paceline.dist.world import open_world
-from paceline.kernels.device import choose_device
+from paceline.kernels.device import choose_device, keep_freed_memory
 from paceline.models.hub import KNOWN, ModelSource
 from paceline.plan.plan import Plan
 from paceline.train.records import StepRecord
@@ -73,6 +73,7 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     """
     environment = rank_environment()
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
+    keep_freed_memory()
     with open_world(job.plan.mesh, device) as world:
         if job.checkpoint is None and world.is_first:
             job.folder.start(job.config, job.plan, source.files)

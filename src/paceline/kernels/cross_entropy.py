@@ -1,0 +1,94 @@
+"""Cross entropy of a projection onto the vocabulary, without keeping the logits.
+
+Source: the gradient is that of softmax and logarithm, ``p - 1[label]``; computing it in the forward
+    pass, chunk by chunk, is as in Hsu et al., Liger Kernel, arXiv:2410.10989, Sec. 3.2.
+Cost: one chunk of logits in float32, and one gradient of the weight from forward to backward;
+    positions without a label are left out of every product.
+Differs: gradients of the weight are summed over chunks at least in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_ROWS = 1024
+
+
+def linear_cross_entropy(
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignored: int
+) -> Tensor:
+    """The sum of ``-log softmax(x W^T)[label]`` over the rows whose label is not `ignored`.
+
+    Args:
+        x_RD: rows; products are in its dtype, the softmax at least in float32.
+        weight_VD: in any dtype; its gradient has that dtype.
+        labels_R: columns, or `ignored`.
+        ignored: label of rows that have no loss.
+
+    Returns:
+        A scalar, at least in float32. One backward pass can go through it.
+    """
+    is_valid_R = labels_R != ignored
+    if not bool(is_valid_R.all()):
+        x_RD, labels_R = x_RD[is_valid_R], labels_R[is_valid_R]
+    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients for a loss of weight 1 are made in the forward pass, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        wide = torch.promote_types(x_RD.dtype, torch.float32)
+        cast_VD = weight_VD.to(x_RD.dtype)
+        loss = torch.zeros((), dtype=wide, device=x_RD.device)
+        grad_x_RD = torch.empty_like(x_RD) if needs_x else None
+        grad_weight_VD: Tensor | None = None
+        for start in range(0, len(x_RD), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            chunk_loss, grad_logits_CV = _chunk(x_RD[rows] @ cast_VD.T, labels_R[rows], wide)
+            loss += chunk_loss
+            if grad_x_RD is not None:
+                torch.mm(grad_logits_CV, cast_VD, out=grad_x_RD[rows])
+            if needs_weight:
+                grad_weight_VD = _add_product(grad_weight_VD, grad_logits_CV.T, x_RD[rows], wide)
+        if needs_weight and grad_weight_VD is None:  # no row at all
+            grad_weight_VD = torch.zeros_like(weight_VD)
+        ctx.gradients = grad_x_RD, grad_weight_VD
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        assert ctx.gradients is not None, "a second backward pass through linear_cross_entropy"
+        grad_x_RD, grad_weight_VD = ctx.gradients
+        ctx.gradients = None
+        if grad_x_RD is not None:
+            grad_x_RD = grad_x_RD.mul_(grad_output)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_x_RD, grad_weight_VD, None
+
+
+def _chunk(logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss of some rows, and its gradient for their logits in the logits' dtype."""
+    dtype = logits_CV.dtype
+    log_probs_CV = torch.log_softmax(logits_CV, dim=-1, dtype=wide)
+    labels_C1 = labels_C[:, None]
+    loss = -log_probs_CV.gather(1, labels_C1).sum()
+    grad_CV = log_probs_CV.exp_()
+    grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=wide))
+    return loss, grad_CV.to(dtype)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """The sum and the product, in place of the sum if there is one."""
+    if total is None:
+        return torch.mm(left, right).to(wide)
+    if left.dtype == wide:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))

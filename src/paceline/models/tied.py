@@ -1,0 +1,71 @@
+"""One matrix as embedding and head, whose two gradients are added row by row.
+
+The embedding's gradient has as many rows as there are tokens, the head's as many as there are
+words. Left to autograd, the first becomes a whole matrix of zeros and a few rows, and a third
+matrix their sum: a tenth of a small model's step. Here the few rows are added to the head's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class TiedEmbedding:
+    """The two uses of one matrix in one forward pass.
+
+    `embed` comes first and `head` after it, so that in the backward pass, which takes what was
+    made last first, the head's gradient is there when the embedding's is due.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+        self._head_gradient: Tensor | None = None
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the matrix, (B, T, D)."""
+        return _Embed.apply(self._weight_VD, tokens_BT, self)
+
+    def head(self) -> Tensor:
+        """The matrix, as the head uses it."""
+        return _Head.apply(self._weight_VD, self)
+
+    def keep(self, gradient: Tensor) -> None:
+        """Holds the head's gradient until the embedding's is known."""
+        held = self._head_gradient
+        self._head_gradient = gradient if held is None else held + gradient
+
+    def take(self) -> Tensor | None:
+        gradient, self._head_gradient = self._head_gradient, None
+        return gradient
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, tokens_BT: Tensor, tied: TiedEmbedding) -> Tensor:
+        ctx.save_for_backward(tokens_BT)
+        ctx.tied, ctx.shape = tied, weight_VD.shape
+        return functional.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None]:
+        (tokens_BT,) = ctx.saved_tensors
+        gradient_VD = ctx.tied.take()
+        if gradient_VD is None:
+            gradient_VD = grad_BTD.new_zeros(ctx.shape)
+        return gradient_VD.index_add_(0, tokens_BT.flatten(), grad_BTD.flatten(0, 1)), None, None
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, tied: TiedEmbedding) -> Tensor:
+        ctx.tied = tied
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_VD: Tensor) -> tuple[None, None]:
+        ctx.tied.keep(gradient_VD)
+        return None, None
