@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 
 import torch
 
@@ -88,7 +89,7 @@ class _Worker:
 
     def __init__(
         self,
-        context: multiprocessing.context.SpawnContext,
+        context: SpawnContext,
         side: Callable[[str, str], Side],
         model: str,
         dtype: str,
@@ -138,9 +139,9 @@ def _our_step(model: str, dtype: str) -> Side:
     laid_out = apply(source.spec, source.weights, plan, world)
     optimizer = OPTIMIZERS.load(plan.optimizer.name)(laid_out.module, plan.optimizer)
     state = State(laid_out, optimizer)
-    tokens_BT = _tokens(model)
+    inputs_BT, labels_BT = _tokens(model)
     documents_BT = torch.zeros(NUM_SEQUENCES, LENGTH, dtype=torch.long)
-    batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], documents_BT)
+    batch = Batch(inputs_BT, labels_BT, documents_BT)
 
     def step() -> float:
         start_s = time.perf_counter()
@@ -155,8 +156,7 @@ def _peers_step(model: str, dtype: str) -> Side:
 
     peer = AutoModelForCausalLM.from_pretrained(hub.locate(model), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=_LR, fused=True)
-    tokens_BT = _tokens(model)
-    inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    inputs_BT, labels_BT = _tokens(model)
     is_narrow = dtype == "bfloat16"
 
     def step() -> float:
@@ -172,7 +172,8 @@ def _peers_step(model: str, dtype: str) -> Side:
     return step
 
 
-def _tokens(model: str) -> torch.Tensor:
-    """The same text for both sides, (sequences, LENGTH + 1)."""
+def _tokens(model: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same text for both sides: inputs and the tokens that follow, both (B, T)."""
     ids = hub.resolve(model).tokenizer.encode(TEXT * LENGTH)
-    return torch.tensor(ids[: NUM_SEQUENCES * (LENGTH + 1)]).view(NUM_SEQUENCES, LENGTH + 1)
+    tokens_BT = torch.tensor(ids[: NUM_SEQUENCES * (LENGTH + 1)]).view(NUM_SEQUENCES, LENGTH + 1)
+    return tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()

@@ -63,14 +63,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
         assert ctx.gradients is not None, "a second backward pass through linear_cross_entropy"
         grad_x_RD, grad_weight_VD = ctx.gradients
         ctx.gradients = None
         if grad_x_RD is not None:
-            grad_x_RD = grad_x_RD.mul_(grad_output)
+            grad_x_RD = grad_x_RD.mul_(grad_outputs[0])
         if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.mul_(grad_output).to(ctx.weight_dtype)
+            grad_weight_VD = grad_weight_VD.mul_(grad_outputs[0]).to(ctx.weight_dtype)
         return grad_x_RD, grad_weight_VD, None
 
 

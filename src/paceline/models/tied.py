@@ -51,8 +51,8 @@ class _Embed(torch.autograd.Function):
         return functional.embedding(tokens_BT, weight_VD)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None]:
-        (tokens_BT,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        (grad_BTD,), (tokens_BT,) = grad_outputs, ctx.saved_tensors
         gradient_VD = ctx.tied.take()
         if gradient_VD is None:
             gradient_VD = grad_BTD.new_zeros(ctx.shape)
@@ -66,6 +66,6 @@ class _Head(torch.autograd.Function):
         return weight_VD.view_as(weight_VD)
 
     @staticmethod
-    def backward(ctx: Any, gradient_VD: Tensor) -> tuple[None, None]:
-        ctx.tied.keep(gradient_VD)
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
+        ctx.tied.keep(grad_outputs[0])
         return None, None
