@@ -50,7 +50,7 @@ class _Batch(NamedTuple):
     labels_BT: Tensor
 
     @property
-    def count(self) -> int:
+    def num_labels(self) -> int:
         return int((self.labels_BT != IGNORED).sum())
 
 
@@ -157,7 +157,7 @@ def _train(
         call: gives logits.
     """
     for batches in steps:
-        count = sum(batch.count for batch in batches)
+        count = sum(batch.num_labels for batch in batches)
         loss = 0.0
         for batch in batches:
             share = mean(_loss_sum(_logits(whole, batch, call), batch), count)
@@ -182,8 +182,9 @@ def _loss_sum(logits_BTV: Tensor, batch: _Batch) -> Tensor:
 def _logits(module: nn.Module, batch: _Batch, call: Forward) -> Tensor:
     try:
         logits_BTV = call(module, batch.tokens_BT, batch.is_text_BT)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"cannot call {type(module).__name__}: {error}", hint=_HINT) from error
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        message = f"cannot call {type(module).__name__} in float64: {error}"
+        raise UsageError(message, hint=_HINT) from error
     is_right = isinstance(logits_BTV, Tensor) and logits_BTV.shape[:-1] == batch.tokens_BT.shape
     if not is_right:
         found = tuple(logits_BTV.shape) if isinstance(logits_BTV, Tensor) else type(logits_BTV)
@@ -234,7 +235,11 @@ def _certificate(errors: list[_Error]) -> Certificate:
 
 
 def _double(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).to("cpu", torch.float64).eval()
+    double = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    choose_experts = getattr(double, "set_experts_implementation", None)
+    if choose_experts is not None:  # the grouped products of `transformers` know no float64
+        choose_experts("eager")
+    return double
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
