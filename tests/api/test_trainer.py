@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 import paceline as pl
 from paceline.core.errors import ConfigError, UnknownNameError, UsageError
 from paceline.core.record import read_records
+from paceline.dist.testing import run_ranks
 
 pytestmark = pytest.mark.cpu
 
@@ -72,3 +74,19 @@ def test_refusals_come_before_anything_is_written(tmp_path, data):
     pl.Trainer(MODEL, data=data, out=out, plan=PLAN, steps=1).run()
     with pytest.raises(UsageError, match="holds a run already"):
         pl.Trainer(MODEL, data=data, out=out, plan=PLAN)
+
+
+@pytest.mark.ranks
+def test_ranks_that_a_launcher_started(tmp_path, data):
+    two = PLAN.with_overrides(["mesh.dp_shard=2"])
+
+    def run(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}  # of this fork alone
+        record = pl.Trainer(MODEL, data=data, out=tmp_path / "run", plan=two, steps=2).run()
+        return record and record.step
+
+    assert run_ranks(run, 2) == [2, None]
+    alone = pl.Trainer(MODEL, data=data, out=tmp_path / "alone", plan=PLAN, steps=2)
+    alone.run()
+    one, other = losses(tmp_path / "run"), losses(tmp_path / "alone")
+    assert all(abs(one[step] - other[step]) < 1e-5 for step in (1, 2))
