@@ -20,6 +20,7 @@ from paceline.cli import (
     doctor,
     fetch,
     generate,
+    report,
     serve,
     train,
     verify,
@@ -50,6 +51,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(report.report)
 app.command()(bench.bench)
 
 
