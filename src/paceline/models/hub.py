@@ -241,8 +241,9 @@ def _converted(path: Path) -> Path:
 
 def _convert_file(path: Path, folder: Path) -> None:
     with new_folder(folder) as temporary, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"dequantising {path.name}", total=gguf.num_parameters(path))
-        gguf.convert(path, temporary, lambda count: progress.advance(task, count))
+        reader = gguf.open_file(path)
+        task = progress.add_task(f"dequantising {path.name}", total=gguf.num_parameters(reader))
+        gguf.convert(path, reader, temporary, lambda count: progress.advance(task, count))
         names = (*SMALL_FILES, WEIGHTS_FILE)
         sums = [f"{sha256(temporary / n)}  {n}" for n in names if (temporary / n).exists()]
         (temporary / _SUMS_FILE).write_text("\n".join(sums) + "\n", encoding="utf-8")
