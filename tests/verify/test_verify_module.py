@@ -82,6 +82,36 @@ def test_other_modules_are_certified(plan):
         assert certificate.certified, certificate.worst
 
 
+class Sparse(nn.Module):
+    """What a pass reaches depends on its tokens; one parameter is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(31, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.unused = nn.Parameter(torch.ones(8))
+
+    def forward(self, tokens_BT):
+        chosen = int(tokens_BT[0, 0]) % 3
+        x_BTD = self.embedding(tokens_BT)
+        return (x_BTD + self.experts[chosen](x_BTD)) @ self.embedding.weight.T
+
+
+def test_passes_that_reach_other_parameters(recwarn):
+    certificate = pl.verify(Sparse(), pl.Plan.from_dict(PLANS["replicas"]))
+    assert certificate.certified, certificate.worst
+    assert certificate.per_parameter["unused"] == {"gradient": 0.0, "weight": 0.0}
+    assert len(recwarn) == 0
+
+
+def test_a_parameter_that_no_pass_reaches():
+    module = hugging_face("llama, tied")
+    module.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    for plan in ("replicas", "shards"):
+        certificate = pl.verify(module, pl.Plan.from_dict(PLANS[plan]))
+        assert certificate.certified, certificate.worst
+
+
 def test_one_process_is_itself():
     certificate = pl.verify(hugging_face("llama, tied"))
     assert certificate.certified
@@ -102,7 +132,7 @@ def mean_of_means(loss_sum, count):
     return loss_sum / count
 
 
-def only_mine(module, device_ids=None):  # noqa: ARG001
+def only_mine(module, **options):  # noqa: ARG001
     """No rank hears of another."""
     return module
 

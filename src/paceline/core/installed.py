@@ -38,8 +38,8 @@ class Package:
 
 def python() -> Package:
     """The interpreter, as if it were a package."""
-    wanted = SpecifierSet(metadata.metadata(_NAME).get("Requires-Python") or "")
-    return Package("python", _in_words(wanted), platform.python_version())
+    wanted = metadata.metadata(_NAME).get_all("Requires-Python") or [""]
+    return Package("python", _in_words(SpecifierSet(wanted[0])), platform.python_version())
 
 
 def dependencies() -> list[Package]:

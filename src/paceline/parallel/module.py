@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import warnings
 
 import torch
 import torch.distributed
@@ -26,11 +27,12 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
     After each backward pass a gradient is the average over ranks of the ranks' gradients, as is
     the custom of torch's own wrappers; `global_mean` makes a loss whose averaged gradients are
     those of the mean over all ranks' tokens. It accumulates over several passes as in one process.
-    Every rank's passes must reach the same parameters.
 
     Of the plan, ``[mesh]``, ``[zero]`` and ``[precision]`` are used; the loop is yours. With ZeRO
-    stage 0 every rank has the whole module, with stage 3 a share of each parameter, block by
-    block. All ranks begin with the first rank's parameters and buffers.
+    stage 0 every rank has the whole module; a parameter that a rank's pass does not reach counts
+    as zero there. With stage 3 a rank has a share of each parameter, gathered block by block; there
+    all ranks' passes must reach the same parameters. All ranks begin with the first rank's
+    parameters and buffers.
 
     Args:
         module: on the device that this rank computes on, in the plan's precision.
@@ -55,10 +57,7 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
     if not is_joined:  # the loop is the user's: there is no other end to leave the ranks at
         atexit.register(_leave)
     world = World(plan.mesh, rank, device)
-    if plan.zero_stage == 0:
-        device_ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids)
-    return _shard(module, world)
+    return _replicate(module, device) if plan.zero_stage == 0 else _shard(module, world)
 
 
 def _leave() -> None:
@@ -96,6 +95,15 @@ def _require_precision(module: nn.Module, plan: Plan, device: torch.device) -> N
     ]
     if problems:
         raise ConfigError(problems, source="the plan")
+
+
+def _replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    # Without the search for parameters that a pass has not reached, one of them would leave
+    # others unreduced in the same pass, and torch would say so in the next. It warns where the
+    # search finds none, which is as it should be.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=True)
 
 
 def _shard(module: nn.Module, world: World) -> nn.Module:
