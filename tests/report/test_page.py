@@ -157,3 +157,14 @@ def test_event_files(monkeypatch, capsys, run_folder, tmp_path):
     steps = read_run(run_folder).first.steps
     assert losses == [(s["step"], pytest.approx(s["loss"])) for s in steps]
     assert [event.value for event in found.Scalars("eval/loss")] == [9.0, 2.75]
+
+
+@pytest.mark.cpu
+def test_event_files_need_their_extra(monkeypatch, capsys, run_folder, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    out = tmp_path / "report.html"
+    code, _, errors = command(monkeypatch, capsys, run_folder, "-o", out, "--tensorboard", tmp_path)
+    assert code == 2
+    assert "hint: pip install 'paceline[report]'" in errors
+    assert not out.exists()

@@ -31,7 +31,14 @@ CONFIGS = {
         **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12
     ),
     "gpt2": transformers.GPT2Config(
-        vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.1
+        vocab_size=61,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 PLANS = {
