@@ -12,7 +12,19 @@ import typer
 import typer.main
 
 import paceline
-from paceline.cli import bench, chat, check, checkpoint, fetch, generate, serve, train, verify
+from paceline.cli import (
+    bench,
+    chat,
+    check,
+    checkpoint,
+    doctor,
+    fetch,
+    generate,
+    report,
+    serve,
+    train,
+    verify,
+)
 from paceline.core.errors import PacelineError
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -31,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(fetch.fetch)
+app.command()(doctor.doctor)
 app.command()(check.check)
 app.command()(train.train)
 app.command()(verify.verify)
@@ -38,6 +51,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(report.report)
 app.command()(bench.bench)
 
 

@@ -80,32 +80,47 @@ class World:
         return self._groups[axes]
 
 
-@contextmanager
-def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
-    """Joins the ranks that a launcher has started; alone where none has.
+def join_ranks(mesh: MeshConfig, device: torch.device) -> int:
+    """Joins the ranks that a launcher has started, unless a process group is up; alone where
+    there is neither.
 
     Args:
         mesh: what the plan asks for.
         device: where this rank computes.
 
+    Returns:
+        This process's rank.
+
     Raises:
         UsageError: the number of ranks is not the mesh's.
-        RankError: another rank is gone.
     """
-    environment = rank_environment()
-    rank, num_ranks = (environment.rank, environment.world_size) if environment else (0, 1)
+    rank, num_ranks = _place()
     if num_ranks != mesh.num_ranks:
         raise UsageError(
             f"the plan needs {mesh.num_ranks} rank(s), but {num_ranks} were started",
             hint=f"start {mesh.num_ranks} rank(s), or change [mesh] in the plan",
         )
-    if num_ranks == 1:
+    if num_ranks > 1 and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    return rank
+
+
+@contextmanager
+def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
+    """Joins the ranks as `join_ranks` does, and leaves them at the end.
+
+    Raises:
+        UsageError: the number of ranks is not the mesh's.
+        RankError: another rank is gone.
+    """
+    is_joined = torch.distributed.is_initialized()
+    rank = join_ranks(mesh, device)
+    if mesh.num_ranks == 1:
         yield World(mesh, 0, device)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield World(mesh, rank, device)
     except Exception as error:
@@ -116,7 +131,16 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
             raise RankError(f"rank {rank} has lost another rank: {error}") from error
         raise
     finally:
-        torch.distributed.destroy_process_group()
+        if not is_joined:
+            torch.distributed.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    environment = rank_environment()
+    return (environment.rank, environment.world_size) if environment else (0, 1)
 
 
 def _is_peer_gone(error: Exception) -> bool:

@@ -55,19 +55,24 @@ _PAIRED_ROWS = ("llama",)
 """Families whose rotated rows llama.cpp keeps as pairs, not as halves."""
 
 
-def convert(path: Path, folder: Path, advance: Callable[[int], None] = lambda _: None) -> None:
+def convert(
+    path: Path,
+    reader: gguf.GGUFReader,
+    folder: Path,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
     """Writes a model folder from a GGUF file.
 
     Args:
         path: the file.
+        reader: of the file; see `open_file`.
         folder: an empty folder.
         advance: told the parameters dequantised, for a progress bar.
 
     Raises:
-        DataError: the file is not a whole GGUF file, or its tensors do not fit its fields.
+        DataError: fields or tensors are missing, or do not fit each other.
         UsageError: an architecture, a tokenizer or a tensor that this version does not read.
     """
-    reader = _open(path)
     spec = spec_from_config(_config(path, reader), source=str(path))
     tokenizer = read_gguf_tokenizer(path, reader)
     config = family(spec.family).config_from_spec(spec) | token_ids(reader) | {"dtype": "float32"}
@@ -78,18 +83,24 @@ def convert(path: Path, folder: Path, advance: Callable[[int], None] = lambda _:
     write_weights(folder / WEIGHTS_FILE, spec, tensors, torch.float32)
 
 
-def num_parameters(path: Path) -> int:
+def num_parameters(reader: gguf.GGUFReader) -> int:
     """How many parameters a file holds, for a progress bar."""
-    return sum(int(np.prod(tensor.shape)) for tensor in _open(path).tensors)
+    return sum(int(np.prod(tensor.shape)) for tensor in reader.tensors)
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def open_file(path: Path) -> gguf.GGUFReader:
+    """Maps a file into memory.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: it is not a whole GGUF file.
+    """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # the reader's own checks raise ValueError, numpy's and others
-        hint = "the file is truncated or damaged: fetch it again"
+        hint = "the file is truncated, damaged or of a newer format: fetch it again"
         raise DataError(f"{path} is not a whole GGUF file: {error}", hint=hint) from error
 
 
@@ -161,7 +172,7 @@ def _tensors(
         if tensor.name not in names:
             raise UsageError(f"{path}: tensor {tensor.name} is not built in this version")
         name = names[tensor.name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        values = _dequantized(path, tensor)
         if values.shape != shapes[name]:
             rule = f"its fields imply {shapes[name]}"
             raise DataError(f"{path}: tensor {tensor.name} has shape {values.shape}, but {rule}")
@@ -171,6 +182,16 @@ def _tensors(
             values = values - np.float32(spec.norm_offset)
         advance(values.size)
         yield name, torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _dequantized(path: Path, tensor: gguf.ReaderTensor) -> NDArray[np.float32]:
+    try:
+        return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        message = f"{path}: tensor {tensor.name} is in {kind}, which is not built in this version"
+        hint = "a file in Q8_0, Q6_K, Q5_K, Q4_K, Q4_1, Q4_0, BF16, F16 or F32"
+        raise UsageError(message, hint=hint) from error
 
 
 def _stored_name(name: str) -> str:

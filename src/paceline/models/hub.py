@@ -1,7 +1,8 @@
 """Where models come from: a MODEL argument to sizes, weights and a tokenizer.
 
-A MODEL is a known name, a folder in Hugging Face layout, a ``.gguf`` file or
-``random:FAMILY:SIZE``. What is fetched or converted goes to the cache folder, whole or not at all.
+A MODEL is a known name, a folder in Hugging Face layout, a ``.gguf`` file, a repository of the
+Hugging Face hub (``ORG/NAME``, ``ORG/NAME@REVISION``) or ``random:FAMILY:SIZE``. What is fetched or
+converted goes to the cache folder, whole or not at all; repositories go to the hub's own cache.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.progress import Progress
 from paceline.core.env import cache_folder
 from paceline.core.errors import DataError, UnknownNameError, UsageError
 from paceline.core.files import new_folder, sha256
-from paceline.models import gguf
+from paceline.models import gguf, repository
 from paceline.models.families import family
 from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec, read_text
 from paceline.models.tokenizer import Tokenizer, byte_tokenizer, read_tokenizer, tokenizer_files
@@ -106,7 +107,7 @@ def resolve(model: str, *, seed: int = 0) -> ModelSource:
 
 
 def locate(model: str) -> Path:
-    """The folder of a model, fetched or converted if need be."""
+    """The folder of a model, fetched, downloaded or converted if need be."""
     if model in KNOWN:
         return fetch(model)
     path = Path(model)
@@ -114,23 +115,31 @@ def locate(model: str) -> Path:
         return _converted(path)
     if path.is_dir():
         return path
-    raise UnknownNameError(
-        "model", model, [*KNOWN, "random:llama:tiny", "a folder", "a .gguf file"]
-    )
+    if repository.is_repository(model):
+        return repository.download(model)
+    names = [*KNOWN, "random:llama:tiny", "a folder", "a .gguf file", "ORG/NAME on the hub"]
+    raise UnknownNameError("model", model, names)
 
 
 def read_model_spec(model: str) -> ModelSpec:
     """The sizes of a model, without its weights."""
-    return _random_spec(model) if model.startswith("random:") else read_spec(locate(model))
+    if model.startswith("random:"):
+        return _random_spec(model)
+    if repository.is_repository(model) and not Path(model).is_dir():
+        return read_spec(repository.download(model, only_config=True))
+    return read_spec(locate(model))
 
 
 def fetch(name: str) -> Path:
-    """Brings a known model into the cache folder, or finds it there.
+    """Brings a known model into the cache folder, or a repository into the hub's own.
 
     Raises:
         UnknownNameError: no such model.
+        UsageError: a repository that cannot be downloaded.
         DataError: what was downloaded is not what is known under that name.
     """
+    if repository.is_repository(name):
+        return repository.download(name)
     if name not in KNOWN:
         raise UnknownNameError("model", name, KNOWN)
     folder = cache_folder() / "models" / name
@@ -232,8 +241,9 @@ def _converted(path: Path) -> Path:
 
 def _convert_file(path: Path, folder: Path) -> None:
     with new_folder(folder) as temporary, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"dequantising {path.name}", total=gguf.num_parameters(path))
-        gguf.convert(path, temporary, lambda count: progress.advance(task, count))
+        reader = gguf.open_file(path)
+        task = progress.add_task(f"dequantising {path.name}", total=gguf.num_parameters(reader))
+        gguf.convert(path, reader, temporary, lambda count: progress.advance(task, count))
         names = (*SMALL_FILES, WEIGHTS_FILE)
         sums = [f"{sha256(temporary / n)}  {n}" for n in names if (temporary / n).exists()]
         (temporary / _SUMS_FILE).write_text("\n".join(sums) + "\n", encoding="utf-8")

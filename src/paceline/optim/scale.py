@@ -7,7 +7,8 @@ micro-batch they are on:
 
 where `count` is the number of valid tokens of the whole step. So every backward pass runs on
 ``loss sum / count``, and gradients are summed over ranks and micro-batches, never averaged.
-Nothing else in this package scales a loss or a gradient, but for the clip below.
+Nothing else in this package scales a loss or a gradient, but for the clip below and for
+`global_mean`, which serves loops of users, where gradients are averaged over ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -53,6 +55,38 @@ class LossScale:
             local_sum: sum of the losses of this rank's micro-batches, float64.
         """
         return self._world.sum(local_sum, DATA_AXES, purpose="loss").item() / self.count
+
+
+def global_mean(loss_sum: Tensor, count: int) -> Tensor:
+    """The mean loss over all ranks' tokens, for a loop in which gradients are averaged over ranks,
+    as `paceline.parallelize`, torch's ``DistributedDataParallel`` and ``fully_shard`` do.
+
+    A mean of each rank's mean would weigh the tokens of a rank with few of them more. Every rank
+    calls this for each of its micro-batches: it sums over ranks.
+
+    Args:
+        loss_sum: sum of the losses of this rank's micro-batch, with its graph.
+        count: tokens with a loss of all of this rank's micro-batches of the step.
+
+    Returns:
+        What backward runs on. Summed over the step's micro-batches its value is the step's mean
+        loss, the same on every rank; its averaged gradients are those of that mean.
+
+    Raises:
+        DataError: no rank has a token with a loss.
+    """
+    totals = torch.tensor(
+        [loss_sum.item(), float(count)], dtype=torch.float64, device=loss_sum.device
+    )
+    num_ranks = 1
+    if torch.distributed.is_initialized():
+        num_ranks = torch.distributed.get_world_size()
+        torch.distributed.all_reduce(totals)
+    total_sum, total_count = totals.tolist()
+    if total_count == 0:
+        raise DataError("a step without a single valid token", hint="is the data empty?")
+    share = loss_sum * (num_ranks / total_count)
+    return share + (total_sum / total_count - share).detach()
 
 
 @torch.no_grad()

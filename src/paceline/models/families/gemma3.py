@@ -40,20 +40,48 @@ _NEUTRAL = {
 }
 _THETA, _WINDOW_THETA, _GLOBAL_EVERY = 1e6, 1e4, 6
 
+_CHANGES: dict[str, Any] = {
+    "family": "gemma3",
+    "rope_theta": _THETA,
+    "window_rope_theta": _WINDOW_THETA,
+    "norm_offset": 1.0,
+    "norm_placement": "both",
+    "qk_norm": "head",
+    "activation": "gelu-tanh",
+}
+
 PRESETS = {
     "tiny": replace(
         llama.PRESETS["tiny"],
-        family="gemma3",
         window=24,
         global_layers=(1,),
-        rope_theta=_THETA,
-        window_rope_theta=_WINDOW_THETA,
-        norm_offset=1.0,
-        norm_placement="both",
-        qk_norm="head",
-        activation="gelu-tanh",
         embedding_scale=math.sqrt(llama.PRESETS["tiny"].d_model),
-    )
+        **_CHANGES,
+    ),
+    "small": replace(
+        llama.PRESETS["small"],
+        window=128,
+        global_layers=(5,),
+        embedding_scale=math.sqrt(llama.PRESETS["small"].d_model),
+        **_CHANGES,
+    ),
+    "270m": ModelSpec(
+        vocab_size=262144,
+        d_model=640,
+        num_layers=18,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        d_ffn=2048,
+        max_positions=32768,
+        window=512,
+        global_layers=(5, 11, 17),
+        norm_eps=1e-6,
+        tied_embeddings=True,
+        embedding_scale=math.sqrt(640),
+        attention_scale=256**-0.5,
+        **_CHANGES,
+    ),
 }
 
 

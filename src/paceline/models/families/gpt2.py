@@ -17,17 +17,26 @@ _NEUTRAL = {
 }
 _ACTIVATIONS = {"gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh"}
 
-PRESETS = {
-    "tiny": ModelSpec(
+
+def _preset(
+    *,
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    d_ffn: int,
+    max_positions: int,
+) -> ModelSpec:
+    return ModelSpec(
         family="gpt2",
-        vocab_size=259,
-        d_model=48,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=6,
-        head_dim=8,
-        d_ffn=136,
-        max_positions=512,
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=d_model // num_heads,
+        d_ffn=d_ffn,
+        max_positions=max_positions,
         positions="learned",
         norm="layer",
         activation="gelu-tanh",
@@ -37,6 +46,18 @@ PRESETS = {
         output_bias=True,
         ffn_bias=True,
     )
+
+
+PRESETS = {
+    "tiny": _preset(
+        vocab_size=259, d_model=48, num_layers=3, num_heads=6, d_ffn=136, max_positions=512
+    ),
+    "small": _preset(
+        vocab_size=259, d_model=256, num_layers=8, num_heads=8, d_ffn=1024, max_positions=2048
+    ),
+    "124m": _preset(
+        vocab_size=50257, d_model=768, num_layers=12, num_heads=12, d_ffn=3072, max_positions=1024
+    ),
 }
 
 

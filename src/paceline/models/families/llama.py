@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from paceline.models.families.base import (
@@ -14,7 +15,7 @@ from paceline.models.families.base import (
     write_common,
 )
 from paceline.models.families.base import weight_map as common_map
-from paceline.plan.model_spec import ModelSpec
+from paceline.plan.model_spec import ModelSpec, RopeScaling
 
 PRESETS = {
     "tiny": ModelSpec(
@@ -41,18 +42,39 @@ PRESETS = {
         max_positions=2048,
         tied_embeddings=True,
     ),
-    "1b": ModelSpec(
+    "1b": ModelSpec(  # Llama 3.2
         family="llama",
-        vocab_size=32000,
+        vocab_size=128256,
         d_model=2048,
-        num_layers=22,
+        num_layers=16,
         num_heads=32,
         num_kv_heads=8,
         head_dim=64,
-        d_ffn=5632,
-        max_positions=4096,
+        d_ffn=8192,
+        max_positions=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+        tied_embeddings=True,
+    ),
+    "8b": ModelSpec(  # Llama 3.1
+        family="llama",
+        vocab_size=128256,
+        d_model=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ffn=14336,
+        max_positions=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
     ),
 }
+
+
+def little(**changes: Any) -> dict[str, ModelSpec]:
+    """The sizes `tiny` and `small` of a family that differs from Llama by some fields."""
+    return {size: replace(PRESETS[size], **changes) for size in ("tiny", "small")}
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:

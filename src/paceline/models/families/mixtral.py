@@ -23,14 +23,32 @@ _EXPERTS = {
 }
 _THETA = 1e6
 
+_CHANGES: dict[str, Any] = {"family": "mixtral", "tied_embeddings": False, "rope_theta": _THETA}
+
 PRESETS = {
     "tiny": replace(
         llama.PRESETS["tiny"],
-        family="mixtral",
-        tied_embeddings=False,
-        rope_theta=_THETA,
         moe=MoeSpec(num_experts=5, experts_per_token=2, d_expert=72),
-    )
+        **_CHANGES,
+    ),
+    "small": replace(
+        llama.PRESETS["small"],
+        moe=MoeSpec(num_experts=8, experts_per_token=2, d_expert=176),
+        **_CHANGES,
+    ),
+    "8x7b": ModelSpec(
+        family="mixtral",
+        vocab_size=32000,
+        d_model=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ffn=14336,
+        max_positions=32768,
+        rope_theta=_THETA,
+        moe=MoeSpec(num_experts=8, experts_per_token=2, d_expert=14336),
+    ),
 }
 
 

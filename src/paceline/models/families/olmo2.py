@@ -5,7 +5,6 @@ and keys as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from paceline.models.families import llama
@@ -20,8 +19,22 @@ from paceline.models.families.base import (
 from paceline.models.families.base import weight_map as common_map
 from paceline.plan.model_spec import ModelSpec
 
-PRESETS = {
-    "tiny": replace(llama.PRESETS["tiny"], family="olmo2", norm_placement="after", qk_norm="all")
+PRESETS = llama.little(family="olmo2", norm_placement="after", qk_norm="all") | {
+    "1b": ModelSpec(
+        family="olmo2",
+        vocab_size=100352,
+        d_model=2048,
+        num_layers=16,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        d_ffn=8192,
+        max_positions=4096,
+        rope_theta=500000.0,
+        norm_eps=1e-6,
+        norm_placement="after",
+        qk_norm="all",
+    )
 }
 
 _POST_NORMS = {

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from paceline.models.families import llama
 from paceline.models.families.base import read_common, read_windows, write_common, write_windows
 from paceline.plan.model_spec import ModelSpec
 
-PRESETS = {"tiny": replace(llama.PRESETS["tiny"], family="qwen2", qkv_bias=True)}
+PRESETS = llama.little(family="qwen2", qkv_bias=True) | {
+    "0.5b": ModelSpec(
+        family="qwen2",
+        vocab_size=151936,
+        d_model=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        d_ffn=4864,
+        max_positions=131072,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tied_embeddings=True,
+        qkv_bias=True,
+    )
+}
 
 weight_map = llama.weight_map
 

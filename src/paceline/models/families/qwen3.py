@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from paceline.models.families import llama
@@ -21,7 +20,23 @@ from paceline.models.families.base import (
 from paceline.models.families.base import weight_map as common_map
 from paceline.plan.model_spec import ModelSpec
 
-PRESETS = {"tiny": replace(llama.PRESETS["tiny"], family="qwen3", qk_norm="head")}
+PRESETS = llama.little(family="qwen3", qk_norm="head") | {
+    "0.6b": ModelSpec(
+        family="qwen3",
+        vocab_size=151936,
+        d_model=1024,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ffn=3072,
+        max_positions=40960,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm="head",
+        tied_embeddings=True,
+    )
+}
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:

@@ -27,7 +27,28 @@ PRESETS = {
         family="qwen3-moe",
         tied_embeddings=False,
         moe=MoeSpec(num_experts=6, experts_per_token=2, d_expert=40, dense_layers=(0,)),
-    )
+    ),
+    "small": replace(
+        qwen3.PRESETS["small"],
+        family="qwen3-moe",
+        tied_embeddings=False,
+        moe=MoeSpec(num_experts=8, experts_per_token=2, d_expert=176),
+    ),
+    "30b-a3b": ModelSpec(
+        family="qwen3-moe",
+        vocab_size=151936,
+        d_model=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        d_ffn=6144,
+        max_positions=40960,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm="head",
+        moe=MoeSpec(num_experts=128, experts_per_token=8, d_expert=768),
+    ),
 }
 
 

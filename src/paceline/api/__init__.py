@@ -1,0 +1,1 @@
+"""The Python surface: what ``import paceline as pl`` offers beyond the parts it is made of."""
