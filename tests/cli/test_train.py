@@ -130,7 +130,13 @@ def test_a_checkpoint_can_be_named_from_where_it_is(finished, monkeypatch, capsy
 
 REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "no such data": (("--data", "{tmp}/no.txt"), 2, "no.txt: no such file or folder", "a path"),
-    "parquet": (("--data", "{tmp}/a.parquet"), 2, "reading .parquet is not built", "text"),
+    "weight": (("--data", "{tmp}/no.txt=much"), 2, "'much' is not a weight", "write SRC=WEIGHT"),
+    "no such held-out data": (
+        ("--eval-data", "{tmp}/no.txt"),
+        2,
+        "no.txt: no such file or folder",
+        "a path",
+    ),
     "unknown builtin": (
         ("--data", "builtin:stdlib"),
         2,
@@ -197,15 +203,17 @@ def test_what_cannot_be_used_is_one_error_with_a_hint(monkeypatch, capsys, tmp_p
     arguments, expected_code, message, hint = REFUSED[case]
     arguments = tuple(argument.format(tmp=tmp_path) for argument in arguments)
     given = ("train", MODEL, "--data", data, "--out", str(tmp_path / "out"), *SMALL, *arguments)
+    if "--data" in arguments:
+        given = ("train", MODEL, "--out", str(tmp_path / "out"), *SMALL, *arguments)
     code, out, err = inside(monkeypatch, capsys, *given)
     assert (code, out) == (expected_code, ""), err
+    assert not (tmp_path / "out").exists()
     if hint:
         assert_one_error(err, message.format(tmp=tmp_path), hint)
     else:
         assert err.count("error:") == 1
         assert message.format(tmp=tmp_path) in err
         assert "Traceback" not in err
-    assert not list((tmp_path / "out").rglob("step-*"))
 
 
 def test_an_unknown_model_names_known_ones(monkeypatch, capsys, tmp_path, data):
@@ -297,7 +305,8 @@ def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):
     given = ("train", MODEL, "--data", str(broken), "--out", str(tmp_path / "out"), *SMALL)
     code, out, err = inside(monkeypatch, capsys, *given)
     assert (code, out) == (1, "")
-    assert_one_error(err, f"{broken}, line 2: no text in it", 'write {"text": "..."}')
+    assert_one_error(err, f"{broken}, line 2: not JSON: ", 'write {"text": "..."}')
+    assert not (tmp_path / "out").exists()
 
 
 # Two ranks: the first to fail speaks, the others are silent.
@@ -308,7 +317,7 @@ def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):
 def test_ranks_that_fail_give_one_error(tmp_path, case):
     broken = tmp_path / "broken.jsonl"
     content, code, message = {
-        "one rank sees it": ("{", 1, f"{broken}, line 1: no text in it"),
+        "one rank sees it": ("{", 1, f"{broken}, line 1: not JSON: "),
         "all ranks see it": ('{"text": "short"}', 2, "fewer than one sequence of 16 + 1"),
     }[case]
     broken.write_text(content)

@@ -11,7 +11,7 @@ import torch
 from paceline.core.errors import UsageError
 from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
-from paceline.data.tokens import TokenStore
+from paceline.data.store import TokenStore
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import PipelineConfig, Plan, TrainConfig
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from paceline.data.batch import IGNORED
 from paceline.data.rows import DocumentRows, PackedRows
-from paceline.data.tokens import TokenStore
+from paceline.data.store import TokenStore
 
 pytestmark = pytest.mark.cpu
 

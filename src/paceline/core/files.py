@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -53,6 +54,23 @@ def new_folder(path: Path) -> Generator[Path]:
         sync_file(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Holds a lock on `path`, which need not exist, among the processes of this machine.
+
+    It ends with the process that holds it. The file of the lock is removed while it is held, so
+    that whoever comes in that moment may hold another: it saves work, it does not protect data.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    with file.open("wb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,8 +20,19 @@ from paceline.models.tokenizer import Tokenizer
 _MAX_TEMPLATE_CHARACTERS = 100_000
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The prompt for a conversation, ending where the assistant is to answer.
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """A conversation as the model reads it.
+
+    Args:
+        tokenizer: it has the template.
+        messages: the conversation.
+        add_generation_prompt: whether the text ends where the assistant is to answer next, or
+            with the last message.
 
     Raises:
         RequestError: the model has no template, or the template refuses the messages.
@@ -33,7 +44,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         template = _compile(tokenizer.chat_template)
         return template.render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens,
         )
     except Exception as error:  # a template is a model's code: it may raise anything

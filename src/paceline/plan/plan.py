@@ -121,8 +121,8 @@ class TrainConfig(Config):
             text and refuses chats and prompts with completions, which make no sense in parts.
         eval_interval_steps: steps between evaluations on held-out data, if there is any; the first
             is before the first step, the last after the last.
-        eval_tokens: upper bound on the tokens of one evaluation (but at least one micro-batch on
-            each rank); the same ones every time.
+        eval_tokens: upper bound on the tokens of one evaluation (but at least one sequence); the
+            same ones every time, whatever the layout.
     """
 
     sequence_length: int = 512
