@@ -116,11 +116,9 @@ def tokenize(source: str, encoding: Encoding, *, cache: Path, weight: float = 1.
 
 
 def _write(source: str, encoding: Encoding, folder: Path) -> None:
+    files = source_files(source)
     with new_folder(folder) as temporary, closing(_SourceWriter(temporary, encoding)) as writer:
-        files = source_files(source)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        with _progress() as progress:
             total_bytes = sum(file.stat().st_size for file in files)
             task = progress.add_task(f"tokenising {source}", total=total_bytes)
             for batch, size_bytes in _batches(files):
@@ -129,6 +127,15 @@ def _write(source: str, encoding: Encoding, folder: Path) -> None:
         if not writer.has_text:
             raise DataError(f"{source} holds no text")
         (temporary / _INDEX_FILE).write_text(json.dumps(writer.close()), encoding="utf-8")
+
+
+def _progress() -> Progress:
+    """A bar by bytes, on a terminal alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    is_hidden = not console.is_terminal
+    remaining = TimeRemainingColumn()
+    return Progress(*columns, remaining, console=console, transient=True, disable=is_hidden)
 
 
 class _SourceWriter:
