@@ -309,6 +309,59 @@ def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+# Data: chats, mixtures, held-out data.
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    pairs = [{"prompt": "a" * (n % 5), "completion": "b" * (n % 3)} for n in range(30)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
+def test_a_mixture_with_held_out_data_is_trained_and_resumed(
+    monkeypatch, capsys, tmp_path, data, chats
+):
+    out = tmp_path / "run"
+    sources = ("--data", f"{data}=3", "--data", f"{chats}=1", "--eval-data", chats)
+    options = (*SMALL, "--set", "train.eval_interval_steps=2", "--json")
+    given = ("train", MODEL, *sources, "--out", str(out), "--steps", "3", *options)
+    code, printed, err = inside(monkeypatch, capsys, *given)
+    assert code == 0, err
+    (*_, last) = read_records(RunFolder(out).records(0), "step")
+    evals = list(read_records(RunFolder(out).records(0), "eval"))
+    assert [record["step"] for record in evals] == [0, 2, 3]
+    final = {"eval_loss": evals[-1]["loss"], "eval_perplexity": evals[-1]["perplexity"]}
+    assert json.loads(printed) == last | final
+    assert err.count("held out, after step ") == 3
+
+    resume = ("train", "--resume", str(out), "--steps", "4", "--json")
+    code, printed, err = inside(monkeypatch, capsys, *resume)
+    assert code == 0, err
+    assert json.loads(printed)["step"] == 4
+    assert json.loads(printed)["eval_loss"] < evals[0]["loss"]
+
+    Path(chats).write_text(Path(chats).read_text().replace("bb", "cc"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(out), "--steps", "9")
+    assert code == 2
+    assert_one_error(err, f"{chats} has changed since the run began", "put it back as it was")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1", "2"])
+def test_a_long_example_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path, ranks):
+    path = tmp_path / "long.jsonl"
+    path.write_text('\n{"prompt": "a", "completion": "' + "b" * 20 + '"}\n')
+    given = ("train", MODEL, "--data", str(path), "--out", str(tmp_path / "out"), *SMALL, *ranks)
+    code, out, err = inside(monkeypatch, capsys, *given)
+    assert (code, out) == (2, "")
+    message = f"{path}, line 2: 22 tokens, more than train.sequence_length = 16"
+    assert_one_error(err, message, "train.sequence_length of at least 22")
+    assert not (tmp_path / "out").exists()
+
+
 # Two ranks: the first to fail speaks, the others are silent.
 
 
