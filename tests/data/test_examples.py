@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 from paceline.core.errors import DataError
 from paceline.data.documents import Chat, Completion, Document, Origin
 from paceline.data.examples import answer_tokens, as_example
 from paceline.models.chat import render_chat
-from paceline.models.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
+from paceline.models.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer, tokenizer_files
 
 pytestmark = pytest.mark.cpu
 
@@ -65,6 +66,31 @@ def test_of_a_chat_the_answers_and_the_ends_of_their_turns_are_learnt():
     # What spells an end within an answer ends nothing.
     tricky = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "a<|im_end|>\nb"})
     assert learnt(byte_tokenizer(), Chat(tricky)) == ["a<|im_end|>\nb<|im_end|>"]
+
+
+def test_the_answers_are_those_that_transformers_finds_in_a_marked_template(tmp_path):
+    """Its template has to say where answers are; ours is the same text without the marks."""
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for name, text in tokenizer_files(with_template(marked)).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        list(CONVERSATION), return_dict=True, return_assistant_tokens_mask=True
+    )
+    tokenizer = byte_tokenizer()
+    chat, render = Chat(CONVERSATION), partial(render_chat, tokenizer)
+    example = as_example(chat, render, answers_only=True, origin=ORIGIN)
+    ((ids, starts),) = tokenizer.encode_with_starts([example.text])
+    assert ids == theirs["input_ids"]
+    mask = [0] * len(ids)
+    for start, end in answer_tokens(example, ids, starts, tokenizer.eos_ids):
+        mask[start:end] = [1] * (end - start)
+    assert mask == theirs["assistant_masks"]
+    assert sum(mask) == len("hello ") + 4 + 1 + 1
 
 
 def test_a_template_without_a_generation_prompt_works():

@@ -17,13 +17,14 @@ from paceline.core.record import read_records
 from paceline.data.batch import IGNORED, Batch
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
-from paceline.models.hub import resolve
+from paceline.models.hub import locate, resolve
 from paceline.models.layout import Layout
 from paceline.models.weights import RandomWeights
 from paceline.parallel.apply import apply
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import CheckpointConfig, OptimizerConfig, Plan, TrainConfig
 from paceline.train.evaluate import evaluate
+from paceline.train.inputs import open_inputs
 from paceline.train.objective.next_token import next_token
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.trainer import Trainer
@@ -179,3 +180,42 @@ def test_what_gives_no_number_is_an_error():
         model.module.norm.weight[0] = math.nan
     with pytest.raises(PacelineError, match="the loss on held-out data is nan"):
         evaluate(model, [Batch(tokens, tokens, tokens)], next_token, world)
+
+
+@pytest.mark.slow
+def test_the_loss_on_chats_equals_that_of_transformers(tmp_path):
+    """SmolLM2, in float32, its answers found by the text around them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = locate("smollm2-135m")
+    pairs = [("What is the capital of France?", "Paris."), ("Say it twice: ha", "Ha ha \U0001f600")]
+    chats = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in pairs
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    source, plan = resolve("smollm2-135m"), Plan(train=TrainConfig(sequence_length=128))
+    config = RunConfig(model=source.name, data=str(path), steps=1, eval_data=str(path))
+    world = World(plan.mesh, 0, torch.device("cpu"))
+    held_out = open_inputs(config, plan, source).held_out
+    assert held_out is not None
+    model = apply(source.spec, source.weights, plan, world)
+    found = evaluate(model, held_out.batches(0), next_token, world)
+    del model
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for chat, (_, answer) in zip(chats, pairs, strict=True):
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        lead, rest = text.split("assistant\n" + answer)
+        assert rest == "<|im_end|>\n"
+        ids = tokenizer(text)["input_ids"]
+        first = len(tokenizer(lead + "assistant\n")["input_ids"])
+        labels = [IGNORED] * first + ids[first:-1] + [IGNORED]  # the last is the line's end
+        with torch.no_grad():
+            loss = reference(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        total, count = total + loss.item() * (len(ids) - 1 - first), count + len(ids) - 1 - first
+    assert found.tokens == count
+    assert found.loss == pytest.approx(total / count, rel=1e-5)

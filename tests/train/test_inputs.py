@@ -69,6 +69,13 @@ def test_data_that_has_changed_is_named(sources):
         open_inputs(begun, PLAN, MODEL)
 
 
+def test_data_that_was_added_is_noticed(sources):
+    begun = open_inputs(config_of(sources), PLAN, MODEL).config
+    added = replace(begun, data=(*begun.sources, f"{sources[2]}=1"))
+    with pytest.raises(UsageError, match="names 4 sources, but has hashes of 3"):
+        open_inputs(added, PLAN, MODEL)
+
+
 def test_data_that_has_moved_or_been_touched_is_the_same(sources, tmp_path):
     begun = open_inputs(config_of(sources), PLAN, MODEL).config
     (tmp_path / "moved").mkdir()

@@ -144,6 +144,7 @@ class _SourceWriter:
     def __init__(self, folder: Path, encoding: Encoding) -> None:
         self._folder = folder
         self._encoding = encoding
+        self._start = tuple(encoding.encoder.start_ids)
         self._stores: dict[str, StoreWriter] = {}
         self._files: dict[tuple[str, str], int] = {}
         self.has_text = False
@@ -172,7 +173,7 @@ class _SourceWriter:
         all_ids = encoder.encode_batch([document.text for document, _ in texts])
         for (document, origin), ids in zip(texts, all_ids, strict=True):
             self.has_text |= bool(ids)
-            start = encoder.start_ids if document.is_start else ()
+            start = self._start if document.is_start else ()
             end = (self._encoding.end_token,) if document.is_end else ()
             store.add([*start, *ids, *end])
             if document.is_end:
@@ -188,13 +189,10 @@ class _SourceWriter:
         encoded = encoder.encode_with_starts([example.text for example in examples])
         for (_, origin), example, (ids, starts) in zip(located, examples, encoded, strict=True):
             self.has_text |= bool(ids)
-            lead: Sequence[int] = ()
             if not example.is_ended:
-                ids, starts = [*ids, self._encoding.end_token], [*starts, len(example.text)]
-                lead = encoder.start_ids
-            spans = answer_tokens(example, ids, starts, encoder.eos_ids)
-            shift = len(lead)
-            store.add([*lead, *ids], [(start + shift, end + shift) for start, end in spans])
+                ids = [*self._start, *ids, self._encoding.end_token]
+                starts = [*[-1] * len(self._start), *starts, len(example.text)]
+            store.add(ids, answer_tokens(example, ids, starts, encoder.eos_ids))
             store.end(self._file(origin), origin.number)
 
     def _store(self, kind: str) -> StoreWriter:

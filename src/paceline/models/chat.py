@@ -12,6 +12,9 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paceline.core.errors import RequestError
@@ -53,11 +56,28 @@ def render_chat(
         ) from error
 
 
+class _GenerationMarks(Extension):
+    """``{% generation %}``, with which some templates mark answers for training; it writes nothing.
+
+    Paceline finds answers in templates without it too (`paceline.data.examples`).
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (as its base declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     if len(source) > _MAX_TEMPLATE_CHARACTERS:
         raise jinja2.TemplateError(f"longer than {_MAX_TEMPLATE_CHARACTERS} characters")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"],
+    )
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _to_json
     return environment.from_string(source)

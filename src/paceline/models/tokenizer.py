@@ -64,7 +64,8 @@ class Tokenizer:
     def start_ids(self) -> list[int]:
         """The special tokens that `encode` puts before a text."""
         encoding = self.backend.encode("a", add_special_tokens=True)
-        return encoding.ids[: encoding.special_tokens_mask.index(0)]
+        is_special = encoding.special_tokens_mask
+        return encoding.ids[: is_special.index(0)] if 0 in is_special else []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts at once, on all cores, without special tokens."""

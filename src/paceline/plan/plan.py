@@ -109,8 +109,9 @@ class TrainConfig(Config):
         sequence_length: tokens of one sequence.
         tokens_per_step: tokens of one optimizer step over all ranks; accumulation follows.
         seed: of the order of data, and of initialisation.
-        pack: whether documents share sequences; attention stays inside each document. Without
-            it every document has sequences of its own, padded at the end.
+        pack: whether documents share sequences; attention stays inside each document. Texts are
+            laid end to end and cut at the ends of sequences, chats and prompts with completions
+            are kept whole. Without it every document has sequences of its own, padded at the end.
         microbatch_tokens: upper bound on the tokens of one micro-batch (but at least one
             sequence), unless `pipeline.num_microbatches` is given.
         freeze: shell-style patterns of parameter names that are not trained.

@@ -54,24 +54,29 @@ def open_inputs(config: RunConfig, plan: Plan, model: ModelSource) -> Inputs:
     weighted = [parse_source(text) for text in config.sources]
     sources = [read(source, weight=weight) for source, weight in weighted]
     held_out = read(config.eval_data) if config.eval_data else None
-    identities = tuple(s.identity for s in [*sources, *([held_out] if held_out else [])])
-    if config.data_identity:
-        _require_same(config, [*sources, *([held_out] if held_out else [])])
+    identified = _require_same(config, [*sources, held_out] if held_out else sources)
     return Inputs(
-        config=replace(config, data_identity=identities),
+        config=identified,
         loader=Loader(sources, plan, end_token=end_token),
         held_out=HeldOut(held_out, plan, end_token=end_token) if held_out else None,
     )
 
 
-def _require_same(config: RunConfig, sources: list[Source]) -> None:
-    for source, began_with in zip(sources, config.data_identity, strict=True):
+def _require_same(config: RunConfig, sources: list[Source]) -> RunConfig:
+    """The config with the identities of its data, which are those that it had, if it had any."""
+    found = tuple(source.identity for source in sources)
+    before = config.data_identity or found
+    if len(before) != len(found):
+        message = f"run.toml names {len(found)} sources, but has hashes of {len(before)}"
+        raise UsageError(message, hint="start a new run for other data")
+    for source, began_with in zip(sources, before, strict=True):
         if source.identity != began_with:
             raise UsageError(
                 f"{source.name} has changed since the run began: its tokens have the hash "
                 f"{source.identity[:12]}, not {began_with[:12]}",
                 hint="put it back as it was, or start a new run",
             )
+    return replace(config, data_identity=found)
 
 
 def _end_token(model: ModelSource) -> int:
