@@ -131,6 +131,12 @@ def test_a_checkpoint_can_be_named_from_where_it_is(finished, monkeypatch, capsy
 REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "no such data": (("--data", "{tmp}/no.txt"), 2, "no.txt: no such file or folder", "a path"),
     "weight": (("--data", "{tmp}/no.txt=much"), 2, "'much' is not a weight", "write SRC=WEIGHT"),
+    "small weight": (
+        ("--data", "builtin:python-stdlib=1", "--data", "builtin:python-stdlib=1e-4"),
+        2,
+        "the weight 0.0001 is less than a share of 1 in 1000 rows",
+        "a larger weight",
+    ),
     "no such held-out data": (
         ("--eval-data", "{tmp}/no.txt"),
         2,

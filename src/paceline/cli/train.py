@@ -57,11 +57,10 @@ def train(
 
     if is_launched():
         follow_launcher()  # before the imports below, which take seconds
-    from paceline.data.sources import parse_source, source_files
     from paceline.kernels.device import choose_device
     from paceline.models.hub import resolve
     from paceline.plan.check import require
-    from paceline.train.inputs import open_inputs
+    from paceline.train.inputs import open_inputs, require_sources
     from paceline.train.job import resumed_job, run_job
 
     require_dtype(dtype)
@@ -72,10 +71,7 @@ def train(
     else:
         plan = _plan(plan_file, settings, dtype)
         job = _new_job(model, data, out, plan, steps=steps, eval_data=eval_data)
-    for name in [parse_source(text).source for text in job.config.sources]:
-        source_files(name)
-    if job.config.eval_data:
-        source_files(job.config.eval_data)
+    require_sources(job.config)
     source = resolve(job.config.model, seed=job.plan.train.seed)
     num_ranks = None if is_launched() else nproc
     require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))

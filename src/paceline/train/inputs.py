@@ -12,7 +12,8 @@ from paceline.core.env import cache_folder
 from paceline.core.errors import UsageError
 from paceline.data.held_out import HeldOut
 from paceline.data.loader import Loader
-from paceline.data.sources import parse_source
+from paceline.data.mixture import block_counts
+from paceline.data.sources import parse_source, source_files
 from paceline.data.tokens import Encoding, Source, tokenize
 from paceline.models.chat import render_chat
 from paceline.models.hub import ModelSource
@@ -33,6 +34,15 @@ class Inputs:
     config: RunConfig
     loader: Loader
     held_out: HeldOut | None
+
+
+def require_sources(config: RunConfig) -> None:
+    """Raises UsageError if data is not there or cannot be mixed so; reads none of it."""
+    weighted = [parse_source(text) for text in config.sources]
+    block_counts([weight for _, weight in weighted])
+    held_out = [config.eval_data] if config.eval_data else []
+    for source in [*(source for source, _ in weighted), *held_out]:
+        source_files(source)
 
 
 def open_inputs(config: RunConfig, plan: Plan, model: ModelSource) -> Inputs:
