@@ -49,6 +49,11 @@ def test_chats_and_completions_have_columns_of_their_own(tmp_path):
     assert [d for d, _ in read_documents(path)] == [Completion("a", "b")]
 
 
+def test_tools_are_refused_and_other_columns_are_not_read(tmp_path):
+    path = write(tmp_path / "a.parquet", {"messages": [CHAT, CHAT], "tools": [None, "search"]})
+    assert f"{path}, row 2: tools are not built" in broken(path).message
+
+
 def test_reading_tells_about_the_bytes_of_the_file(tmp_path):
     path = write(tmp_path / "a.parquet", {"text": ["x"] * 1000}, row_group_size=300)
     told: list[int] = []

@@ -192,6 +192,13 @@ def test_bytes_that_are_no_text_at_all_are_refused(tmp_path):
     assert "is not UTF-8 at byte 0" in broken(path).message
 
 
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    assert broken(tmp_path / name).message.endswith(
+        "gone" + name[4:] + ": No such file or directory"
+    )
+
+
 def test_the_identity_of_a_source_changes_with_its_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")

@@ -19,6 +19,9 @@ EXPECTED = (
 Advance = Callable[[int], None]
 """Told the bytes that have been read, for a progress bar."""
 
+NOT_BUILT = ("tools", "tool_calls")
+"""Keys that a chat template writes into the text, so that they cannot be passed over."""
+
 _SHAPES = (("text",), ("messages",), ("prompt", "completion"))
 
 
@@ -150,8 +153,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
 
 
 def _refuse_tools(fields: Mapping[str, object], where: str) -> None:
-    """A template writes them into the text: they cannot be passed over as other keys are."""
-    for key in ("tools", "tool_calls"):
+    for key in NOT_BUILT:
         if fields.get(key):
             raise DataError(f"{where}: {key} are not built in this version", hint="leave them out")
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from paceline.core.errors import DataError, MissingExtraError
-from paceline.data.documents import Advance, Document, Origin, parse_record, shape_of
+from paceline.data.documents import (
+    NOT_BUILT,
+    Advance,
+    Document,
+    Origin,
+    parse_record,
+    shape_of,
+)
 
 _BATCH_ROWS = 512
 _BROKEN = "the file is damaged or cut short: write it again"
@@ -30,7 +37,9 @@ def read_parquet(file: Path, advance: Advance) -> Iterator[tuple[Document, Origi
     except (ArrowException, OSError) as error:
         raise DataError(f"{file} is not a whole Parquet file: {error}", hint=_BROKEN) from error
     with table:
-        columns = list(shape_of(list(table.schema_arrow.names), f"{file}, its columns"))
+        names: list[str] = table.schema_arrow.names
+        shape = shape_of(names, f"{file}, its columns")
+        columns = [*shape, *(name for name in names if name in NOT_BUILT)]
         number = 0
         for group in range(table.num_row_groups):
             batches = table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)

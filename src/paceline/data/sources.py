@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from paceline.core.errors import UnknownNameError, UsageError
+from paceline.core.errors import DataError, UnknownNameError, UsageError
 from paceline.data.documents import Advance, Document, Origin
 from paceline.data.jsonl import read_jsonl
 from paceline.data.parquet import read_parquet
@@ -92,10 +92,13 @@ def read_documents(
     """The documents of one file with their places: each line's or row's, or the whole text.
 
     Raises:
-        DataError: content that is broken, by line, row or byte.
+        DataError: content that is broken, by line, row or byte, or a file that cannot be read.
         MissingExtraError: a package is needed to read it.
     """
-    yield from _READERS.get(file.suffix, read_text)(file, advance)
+    try:
+        yield from _READERS.get(file.suffix, read_text)(file, advance)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _standard_library() -> list[Path]:
