@@ -130,7 +130,19 @@ def test_a_checkpoint_can_be_named_from_where_it_is(finished, monkeypatch, capsy
 
 REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "no such data": (("--data", "{tmp}/no.txt"), 2, "no.txt: no such file or folder", "a path"),
-    "parquet": (("--data", "{tmp}/a.parquet"), 2, "reading .parquet is not built", "text"),
+    "weight": (("--data", "{tmp}/no.txt=much"), 2, "'much' is not a weight", "write SRC=WEIGHT"),
+    "small weight": (
+        ("--data", "builtin:python-stdlib=1", "--data", "builtin:python-stdlib=1e-4"),
+        2,
+        "the weight 0.0001 is less than a share of 1 in 1000 rows",
+        "a larger weight",
+    ),
+    "no such held-out data": (
+        ("--eval-data", "{tmp}/no.txt"),
+        2,
+        "no.txt: no such file or folder",
+        "a path",
+    ),
     "unknown builtin": (
         ("--data", "builtin:stdlib"),
         2,
@@ -197,15 +209,17 @@ def test_what_cannot_be_used_is_one_error_with_a_hint(monkeypatch, capsys, tmp_p
     arguments, expected_code, message, hint = REFUSED[case]
     arguments = tuple(argument.format(tmp=tmp_path) for argument in arguments)
     given = ("train", MODEL, "--data", data, "--out", str(tmp_path / "out"), *SMALL, *arguments)
+    if "--data" in arguments:
+        given = ("train", MODEL, "--out", str(tmp_path / "out"), *SMALL, *arguments)
     code, out, err = inside(monkeypatch, capsys, *given)
     assert (code, out) == (expected_code, ""), err
+    assert not (tmp_path / "out").exists()
     if hint:
         assert_one_error(err, message.format(tmp=tmp_path), hint)
     else:
         assert err.count("error:") == 1
         assert message.format(tmp=tmp_path) in err
         assert "Traceback" not in err
-    assert not list((tmp_path / "out").rglob("step-*"))
 
 
 def test_an_unknown_model_names_known_ones(monkeypatch, capsys, tmp_path, data):
@@ -297,7 +311,61 @@ def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):
     given = ("train", MODEL, "--data", str(broken), "--out", str(tmp_path / "out"), *SMALL)
     code, out, err = inside(monkeypatch, capsys, *given)
     assert (code, out) == (1, "")
-    assert_one_error(err, f"{broken}, line 2: no text in it", 'write {"text": "..."}')
+    assert_one_error(err, f"{broken}, line 2: not JSON: ", 'write {"text": "..."}')
+    assert not (tmp_path / "out").exists()
+
+
+# Data: chats, mixtures, held-out data.
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    pairs = [{"prompt": "a" * (n % 5), "completion": "b" * (n % 3)} for n in range(30)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
+def test_a_mixture_with_held_out_data_is_trained_and_resumed(
+    monkeypatch, capsys, tmp_path, data, chats
+):
+    out = tmp_path / "run"
+    sources = ("--data", f"{data}=3", "--data", f"{chats}=1", "--eval-data", chats)
+    options = (*SMALL, "--set", "train.eval_interval_steps=2", "--json")
+    given = ("train", MODEL, *sources, "--out", str(out), "--steps", "3", *options)
+    code, printed, err = inside(monkeypatch, capsys, *given)
+    assert code == 0, err
+    (*_, last) = read_records(RunFolder(out).records(0), "step")
+    evals = list(read_records(RunFolder(out).records(0), "eval"))
+    assert [record["step"] for record in evals] == [0, 2, 3]
+    final = {"eval_loss": evals[-1]["loss"], "eval_perplexity": evals[-1]["perplexity"]}
+    assert json.loads(printed) == last | final
+    assert err.count("held out, after step ") == 3
+
+    resume = ("train", "--resume", str(out), "--steps", "4", "--json")
+    code, printed, err = inside(monkeypatch, capsys, *resume)
+    assert code == 0, err
+    assert json.loads(printed)["step"] == 4
+    assert json.loads(printed)["eval_loss"] < evals[0]["loss"]
+
+    Path(chats).write_text(Path(chats).read_text().replace("bb", "cc"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(out), "--steps", "9")
+    assert code == 2
+    assert_one_error(err, f"{chats} has changed since the run began", "put it back as it was")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["1", "2"])
+def test_a_long_example_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path, ranks):
+    path = tmp_path / "long.jsonl"
+    path.write_text('\n{"prompt": "a", "completion": "' + "b" * 20 + '"}\n')
+    given = ("train", MODEL, "--data", str(path), "--out", str(tmp_path / "out"), *SMALL, *ranks)
+    code, out, err = inside(monkeypatch, capsys, *given)
+    assert (code, out) == (2, "")
+    message = f"{path}, line 2: 22 tokens, more than train.sequence_length = 16"
+    assert_one_error(err, message, "train.sequence_length of at least 22")
+    assert not (tmp_path / "out").exists()
 
 
 # Two ranks: the first to fail speaks, the others are silent.
@@ -308,7 +376,7 @@ def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):
 def test_ranks_that_fail_give_one_error(tmp_path, case):
     broken = tmp_path / "broken.jsonl"
     content, code, message = {
-        "one rank sees it": ("{", 1, f"{broken}, line 1: no text in it"),
+        "one rank sees it": ("{", 1, f"{broken}, line 1: not JSON: "),
         "all ranks see it": ('{"text": "short"}', 2, "fewer than one sequence of 16 + 1"),
     }[case]
     broken.write_text(content)

@@ -181,3 +181,36 @@ def test_sha256_reads_all_and_tells_how_far_it_is(tmp_path):
     assert digest == hashlib.sha256(content).hexdigest() == files.sha256(tmp_path / "file")
     assert sum(told) == len(content)
     assert len(told) > 1
+
+
+LOCK = """
+import os, pathlib, signal, sys, time
+from paceline.core.files import locked
+
+path = pathlib.Path(sys.argv[1])
+for _ in range(5):
+    with locked(path):
+        with path.with_name("log").open("a") as log:
+            log.write(f"begin {sys.argv[2]}\\n")
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        with path.with_name("log").open("a") as log:
+            log.write(f"end {sys.argv[2]}\\n")
+"""
+
+
+def test_a_lock_is_held_by_one_process_at_a_time_and_ends_with_it(tmp_path):
+    path = tmp_path / "cache" / "store"
+    killed = subprocess.run([sys.executable, "-c", LOCK, str(path), "killed"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    started = [
+        subprocess.Popen([sys.executable, "-c", LOCK, str(path), str(number)])
+        for number in range(4)
+    ]
+    assert [process.wait(timeout=30) for process in started] == [0] * 4
+    _, *lines = (path.parent / "log").read_text().splitlines()
+    assert len(lines) == 4 * 2 * 5
+    for begin, end in zip(lines[::2], lines[1::2], strict=True):
+        assert begin.replace("begin", "end") == end
+    assert [file.name for file in path.parent.iterdir()] == ["log"]

@@ -11,7 +11,8 @@ import torch
 from paceline.core.errors import UsageError
 from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
-from paceline.data.tokens import TokenStore
+from paceline.data.store import TokenStore
+from paceline.data.tokens import Source
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import PipelineConfig, Plan, TrainConfig
 
@@ -131,3 +132,85 @@ def test_unpacked_rows_are_padded_with_the_end_token():
     assert batch.tokens_BT.tolist() == [[5, 6, 0, 9]]
     assert batch.labels_BT.tolist() == [[6, 0, IGNORED, IGNORED]]
     assert batch.documents_BT.tolist() == [[0, 0, 0, -1]]
+
+
+# Mixtures. Documents are examples of one row each, told by their first token.
+
+
+def examples(name: str, first: int, count: int, weight: float) -> Source:
+    """`count` examples of three tokens, numbered from `first`."""
+    tokens = np.repeat(np.arange(first, first + count, dtype=np.uint32), LENGTH - 1)
+    ends = np.arange(1, count + 1) * (LENGTH - 1)
+    starts = ends - (LENGTH - 1)
+    return Source(name, (TokenStore(tokens, ends, np.stack([starts, ends], axis=1)),), "", weight)
+
+
+MIXTURE = [examples("a", 1000, 70, 0.5), examples("b", 2000, 24, 0.3), examples("c", 3000, 9, 0.2)]
+
+
+def mixture_loader(mesh: MeshConfig | None = None, sources: list[Source] = MIXTURE) -> Loader:
+    train = TrainConfig(sequence_length=LENGTH, tokens_per_step=LENGTH * PER_STEP)
+    return Loader(sources, Plan(mesh=mesh or MeshConfig(), train=train), end_token=0)
+
+
+def documents_of_step(loader: Loader, step: int) -> list[int]:
+    ranks = range(loader.shape.num_data_ranks)
+    batches = [batch for index in ranks for batch in loader.microbatches(step, index)]
+    return [int(token) for batch in batches for token in batch.tokens_BT[:, 0]]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(dp_shard=n) for n in (1, 2, 4)])
+@pytest.mark.parametrize("stopped_at", [1, 2, 5])
+def test_a_run_resumed_on_any_layout_reads_what_is_left_of_the_epoch_once(mesh, stopped_at):
+    """Source b has 24 documents at 0.3 of the rows: its epoch is 80 rows, in the seventh step."""
+    before = mixture_loader()
+    read = [d for step in range(1, stopped_at + 1) for d in documents_of_step(before, step)]
+    resumed = mixture_loader(mesh)
+    left = [d for step in range(stopped_at + 1, 8) for d in documents_of_step(resumed, step)]
+    for source, first, count in (("a", 1000, 70), ("b", 2000, 24)):
+        seen = [d for d in read if first <= d < first + 1000]
+        then = [d for d in left if first <= d < first + 1000]
+        unread = set(range(first, first + count)) - set(seen)
+        assert 0 < len(unread) < count, source
+        assert len(seen) == len(set(seen))
+        rest = then[: len(unread)]
+        if source == "a":  # whose epoch goes on after these steps
+            assert len(then) == len(set(then))
+            assert set(then) < unread
+        else:
+            assert set(rest) == unread
+    # A layout decides who reads a row, never which rows are read.
+    assert sorted(left) == sorted(
+        d for step in range(stopped_at + 1, 8) for d in documents_of_step(mixture_loader(), step)
+    )
+
+
+def test_every_source_of_a_mixture_runs_through_epochs_of_its_own():
+    loader = mixture_loader()
+    order = [d for step in range(1, 41) for d in documents_of_step(loader, step)]
+    for first, count in ((1000, 70), (2000, 24), (3000, 9)):
+        own = [d for d in order if first <= d < first + 1000]
+        epochs = [own[i : i + count] for i in range(0, len(own) - count + 1, count)]
+        assert len(epochs) > 2
+        assert all(sorted(epoch) == list(range(first, first + count)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_weights_are_shares_of_rows():
+    order = [d // 1000 for step in range(1, 41) for d in documents_of_step(mixture_loader(), step)]
+    for start in range(0, len(order), 10):
+        block = Counter(order[start : start + 10])
+        assert block == {1: 5, 2: 3, 3: 2}
+
+
+def test_the_weight_of_the_only_source_changes_nothing():
+    alone = [mixture_loader(sources=[examples("a", 1000, 70, weight)]) for weight in (0.5, 7.0)]
+    orders = [[d for step in range(1, 6) for d in documents_of_step(a, step)] for a in alone]
+    assert orders[0] == orders[1]
+    assert len(set(orders[0])) == 60
+
+
+def test_a_source_of_a_mixture_that_is_too_short_is_named():
+    short = Source("short.txt", (TokenStore(np.arange(4, dtype=np.uint32), np.array([4])),))
+    with pytest.raises(UsageError, match=r"short\.txt has 4 tokens"):
+        mixture_loader(sources=[MIXTURE[0], short])

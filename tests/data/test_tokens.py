@@ -1,10 +1,18 @@
+"""Token stores: what is in them, that they are made once, and that nothing half-made stays."""
+
 from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paceline.core.errors import DataError
-from paceline.data.tokens import TokenStore, tokenize
+from paceline.data import store as stores
+from paceline.data.store import TokenStore
+from paceline.data.tokens import Encoding, Source, tokenize
 from paceline.models.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.cpu
@@ -15,6 +23,9 @@ END = 256
 class CountingEncoder:
     """Bytes as tokens, at most `limit` texts of them."""
 
+    eos_ids = (END,)
+    start_ids = ()
+
     def __init__(self, limit: int = 10**9) -> None:
         self.num_texts = 0
         self.limit = limit
@@ -24,6 +35,35 @@ class CountingEncoder:
         if self.num_texts > self.limit:
             raise KeyboardInterrupt
         return [list(text.encode()) for text in texts]
+
+    def encode_with_starts(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Of ASCII alone, in which a byte is a character."""
+        return [(ids, list(range(len(ids)))) for ids in self.encode_batch(texts)]
+
+
+def render(messages, *, add_generation_prompt: bool) -> str:
+    """``<content>`` for each message, the role told by the bracket."""
+    brackets = {"user": "[]", "assistant": "<>"}
+    said = [f"{brackets[m['role']][0]}{m['content']}{brackets[m['role']][1]}" for m in messages]
+    return "".join(said) + ("<" if add_generation_prompt else "")
+
+
+def source_of(path, cache, encoder=None, *, identity="bytes", end_token=END, **options) -> Source:
+    encoding = Encoding(encoder or CountingEncoder(), render, identity, end_token, **options)
+    return tokenize(str(path), encoding, cache=cache)
+
+
+def tokens_of(path, cache, encoder=None, **options) -> TokenStore:
+    (store,) = source_of(path, cache, encoder, **options).stores
+    return store
+
+
+def everything(store: TokenStore) -> list[int]:
+    return store.tokens[0 : len(store.tokens)].tolist()
+
+
+def is_empty(cache: Path) -> bool:
+    return not cache.exists() or list(cache.iterdir()) == []
 
 
 @pytest.fixture
@@ -38,61 +78,149 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def tokens_of(source, cache, encoder=None, *, identity="bytes", end_token=END) -> TokenStore:
-    encoder = encoder or CountingEncoder()
-    return tokenize(str(source), encoder, identity=identity, end_token=end_token, cache=cache)
-
-
 def test_documents_are_laid_end_to_end_each_with_its_end(source, cache):
     store = tokens_of(source, cache)
-    assert store.tokens.tolist() == [*b"ab", END, END, *b"cde", END]
+    assert everything(store) == [*b"ab", END, END, *b"cde", END]
     assert store.ends.tolist() == [3, 4, 8]
-    assert store.tokens.dtype == np.uint32
+    assert store.starts.tolist() == [0, 3, 4]
+    assert store.tokens[0:1].dtype == np.uint32
+    assert store.labels(1, 4)[1].all()
+    assert [store.origin(n) for n in range(3)] == [f"{source}, line {n}" for n in (1, 2, 3)]
 
 
 def test_a_real_tokenizer_gives_the_text_back(source, cache):
     tokenizer = byte_tokenizer()
     store = tokens_of(source, cache, tokenizer, end_token=tokenizer.eos_ids[0])
-    starts = [0, *store.ends[:-1]]
-    ids = [store.tokens[a : b - 1].tolist() for a, b in zip(starts, store.ends, strict=True)]
+    spans = zip(store.starts, store.ends, strict=True)
+    ids = [store.tokens[a : b - 1].tolist() for a, b in spans]
     assert [tokenizer.decode(document) for document in ids] == ["ab", "", "cde"]
-    assert set(store.tokens[store.ends - 1].tolist()) == {tokenizer.eos_ids[0]}
+    assert {everything(store)[end - 1] for end in store.ends} == {tokenizer.eos_ids[0]}
+
+
+def test_examples_are_stored_with_their_answers_and_apart_from_text(tmp_path, cache):
+    path = tmp_path / "data.jsonl"
+    chat = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    records = [
+        {"prompt": "2+2=", "completion": "4"},
+        {"text": "plain"},
+        {"messages": messages},
+        {"prompt": messages[:3], "completion": "2"},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    encoder = CountingEncoder()
+    encoder.start_ids = (300,)  # as a model's that begins texts so; templates spell their own
+    texts, examples = source_of(path, cache, encoder).stores
+    assert everything(texts) == [300, *b"plain", END]
+    assert texts.origin(0) == f"{path}, line 2"
+    whole = [300, *b"2+2=4", END, *b"[q]<one>[r]<two>", *b"[q]<one>[r]<2>"]
+    assert everything(examples) == whole
+    tokens, has_loss = examples.labels(0, len(whole))
+    answered = [[*b"4", END], [*b"one>"], [*b"two>"], [*b"2>"]]
+    assert tokens[has_loss].tolist() == [token for answer in answered for token in answer]
+    assert [examples.origin(n) for n in range(3)] == [f"{path}, line {n}" for n in (1, 3, 4)]
+    for start in range(len(whole)):  # any window tells the same
+        assert examples.labels(start, len(whole))[1].tolist() == has_loss[start:].tolist()
+
+    _, examples = source_of(path, cache, encoder, answers_only=False).stores
+    assert everything(examples)[-15:] == whole[-15:]
+    assert examples.labels(1, len(whole))[1].all()
 
 
 def test_text_is_tokenised_once(source, cache):
     encoder = CountingEncoder()
-    first = tokens_of(source, cache, encoder)
-    second = tokens_of(source, cache, encoder)
+    first = source_of(source, cache, encoder)
+    second = source_of(source, cache, encoder)
     assert encoder.num_texts == 3
-    np.testing.assert_array_equal(first.tokens, second.tokens)
-    np.testing.assert_array_equal(first.ends, second.ends)
-    assert isinstance(second.tokens, np.memmap)  # larger than memory, perhaps
+    assert everything(first.stores[0]) == everything(second.stores[0])
+    assert first.identity == second.identity
+    assert isinstance(second.stores[0].tokens, np.memmap)  # larger than memory, perhaps
 
 
 def test_the_cache_is_keyed_by_source_tokenizer_and_end(source, cache):
     encoder = CountingEncoder()
     tokens_of(source, cache, encoder)
     tokens_of(source, cache, encoder, identity="other bytes")
-    assert tokens_of(source, cache, encoder, end_token=999).tokens[2] == 999
+    assert everything(tokens_of(source, cache, encoder, end_token=999))[2] == 999
+    tokens_of(source, cache, encoder, answers_only=False)
     source.write_text('{"text": "new"}\n')
-    assert tokens_of(source, cache, encoder).tokens.tolist() == [*b"new", END]
-    assert encoder.num_texts == 3 + 3 + 3 + 1
-    assert len(list(cache.iterdir())) == 4
+    assert everything(tokens_of(source, cache, encoder)) == [*b"new", END]
+    assert encoder.num_texts == 4 * 3 + 1
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_the_identity_is_of_the_tokens_and_of_no_path(source, cache, tmp_path):
+    identity = source_of(source, cache).identity
+    copy = tmp_path / "elsewhere" / "copy.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(source.read_bytes())
+    assert source_of(copy, cache).identity == identity
+    assert source_of(copy.parent, cache).identity == identity
+    found = {identity}
+    # Each differs in one thing: a token, a border, an answer.
+    for content in (
+        '{"text": "ab"}\n{"text": ""}\n{"text": "cdf"}\n',
+        '{"text": "ab"}\n{"text": "cde"}\n{"text": ""}\n',
+        '{"prompt": "ab", "completion": "cd"}\n',
+        '{"prompt": "abc", "completion": "d"}\n',
+    ):
+        copy.write_text(content)
+        found.add(source_of(copy, cache).identity)
+    assert len(found) == 5
 
 
 def test_text_larger_than_a_batch_is_all_there(tmp_path, cache):
-    text = "0123456789" * 100_000  # a million characters, of which a batch takes three
+    text = "0123456789" * 100_000  # a million characters, of which a batch takes five
     path = tmp_path / "large.jsonl"
     path.write_text(f'{{"text": "{text}"}}\n' * 7)
     store = tokens_of(path, cache)
     assert store.ends.tolist() == [(i + 1) * (len(text) + 1) for i in range(7)]
-    assert np.bincount(store.tokens, minlength=END + 1)[[ord("7"), END]].tolist() == [700_000, 7]
+    assert np.bincount(store.tokens[:], minlength=END + 1)[[ord("7"), END]].tolist() == [700_000, 7]
+
+
+def test_a_text_file_in_pieces_has_the_tokens_of_the_whole(tmp_path, cache):
+    tokenizer = byte_tokenizer()
+    content = "a line of text\n" * 50_000  # three pieces
+    (tmp_path / "large.txt").write_text(content)
+    store = tokens_of(tmp_path / "large.txt", cache, tokenizer)
+    assert everything(store) == [*tokenizer.encode(content), END]
+    assert store.ends.tolist() == [len(content) + 1]
+    assert store.origin(0) == str(tmp_path / "large.txt")
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 3, 8, 9])
+def test_shards_are_bounded_and_read_as_one(source, cache, monkeypatch, shard_tokens):
+    monkeypatch.setattr(stores, "SHARD_TOKENS", shard_tokens)
+    store = tokens_of(source, cache)
+    sizes = [file.stat().st_size // 4 for file in sorted(cache.rglob("tokens-*"))]
+    assert sizes == [min(shard_tokens, 8 - start) for start in range(0, 8, shard_tokens)]
+    whole = [*b"ab", END, END, *b"cde", END]
+    assert len(store.tokens) == 8
+    for start in range(9):
+        for end in range(start, 12):
+            assert store.tokens[start:end].tolist() == whole[start:end]
+
+
+def test_several_who_want_a_store_at_a_time_make_it_once(source, cache):
+    encoder = CountingEncoder()
+    found: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(everything(tokens_of(source, cache, encoder))))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [found[0]] * 8
+    assert encoder.num_texts == 3
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_an_interrupt_leaves_nothing_behind(source, cache):
     with pytest.raises(KeyboardInterrupt):
         tokens_of(source, cache, CountingEncoder(limit=2))
-    assert not cache.exists() or list(cache.iterdir()) == []
+    assert is_empty(cache)
     assert len(tokens_of(source, cache).ends) == 3
 
 
@@ -101,10 +229,10 @@ def test_a_break_in_writing_leaves_nothing_behind(source, cache, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "cumsum", fail)  # after the tokens, before their ends
+        patch.setattr(stores.StoreWriter, "end", fail)  # after the tokens, before their ends
         with pytest.raises(OSError, match="no space"):
             tokens_of(source, cache)
-    assert list(cache.iterdir()) == []
+    assert is_empty(cache)
     assert tokens_of(source, cache).ends.tolist() == [3, 4, 8]
 
 
@@ -114,10 +242,17 @@ def test_a_source_without_text_is_refused(tmp_path, cache, content):
     path.write_text(content)
     with pytest.raises(DataError, match=r"empty\.jsonl holds no text"):
         tokens_of(path, cache)
-    assert not cache.exists() or list(cache.iterdir()) == []
+    assert is_empty(cache)
 
 
 def test_an_empty_text_file_is_refused(tmp_path, cache):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=r"empty\.txt holds no text"):
         tokens_of(tmp_path / "empty.txt", cache)
+
+
+def test_a_broken_line_leaves_nothing_behind(source, cache):
+    source.write_text(source.read_text() * 9000 + "{")
+    with pytest.raises(DataError, match="line 27001: not JSON"):
+        tokens_of(source, cache)
+    assert is_empty(cache)

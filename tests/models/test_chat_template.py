@@ -58,6 +58,34 @@ def test_prompts_equal_those_of_transformers(tmp_path, tokenizer, messages):
     assert ids == theirs.apply_chat_template(messages, tokenize=True, **options)
 
 
+MARKED = """
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- elif message['role'] == 'tool' %}
+        {%- continue %}
+    {%- else %}
+        {{- '[' + message['content'] + ']' }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("template", [None, SPACES, MARKED], ids=["byte", "spaces", "marked"])
+def test_whole_conversations_equal_those_of_transformers(tmp_path, template, add_generation_prompt):
+    tokenizer = with_template(template) if template else byte_tokenizer()
+    for name, text in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [*CONVERSATIONS[2], {"role": "tool", "content": "none"}]
+    options = {"add_generation_prompt": add_generation_prompt}
+    found = render_chat(tokenizer, messages, **options)
+    assert found == theirs.apply_chat_template(messages, tokenize=False, **options)
+
+
 def test_the_prompt_of_the_byte_template():
     assert render_chat(byte_tokenizer(), QUESTION) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -100,7 +100,9 @@ def test_pieces_of_any_tokens_join_to_the_whole(data):
 @settings(deadline=None, max_examples=200)
 @given(
     st.text(
-        st.sampled_from(f"he a{LLAMA}é€\ufffd\n") | st.characters(exclude_categories=["Cs"]),
+        st.sampled_from(f"he a{LLAMA}é€\ufffd\n")
+        # SentencePiece spells a space with it.
+        | st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"),
         max_size=30,
     )
 )

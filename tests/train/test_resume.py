@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,15 @@ def test_a_resumed_run_has_the_same_bits(documents, tmp_path, case):
     mesh, optimizer = CASES[case]
     plan = plan_for(mesh, optimizer)
     source = resolve("random:llama:tiny")
-    config = RunConfig(model=source.name, data=str(documents), steps=NUM_STEPS)
+    pairs = [{"prompt": "on " * (n % 4), "completion": "off " * (n % 3)} for n in range(25)]
+    completions = tmp_path / "completions.jsonl"
+    completions.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = RunConfig(
+        model=source.name,
+        data=(f"{documents}=3", f"{completions}=1"),
+        steps=NUM_STEPS,
+        eval_data=str(completions),
+    )
 
     def run(rank: int) -> dict[str, Any]:
         world = World(mesh, rank, torch.device("cpu"))
@@ -90,7 +99,10 @@ def test_a_resumed_run_has_the_same_bits(documents, tmp_path, case):
         num_microbatches = whole.loader.shape.num_microbatches
         assert num_microbatches > 1
         # In the middle of accumulation, so that gradients are left lying about.
-        cut = trainer("cut", objective=power_cut((BROKEN_AT - 1) * num_microbatches + 2))
+        assert whole.held_out is not None
+        num_evaluations = len(list(whole.held_out.batches(world.data_index)))
+        calls = (BROKEN_AT - 1) * num_microbatches + num_evaluations  # the first is before step 1
+        cut = trainer("cut", objective=power_cut(calls + 2))
         with pytest.raises(PowerCutError):
             cut.run()
         world.barrier()

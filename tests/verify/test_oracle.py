@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from paceline.data.batch import IGNORED
 from paceline.data.loader import Loader
-from paceline.data.tokens import TokenStore
+from paceline.data.store import TokenStore
 from paceline.models.decoder import Decoder
 from paceline.models.layout import Layout
 from paceline.models.weights import RandomWeights, build, fill

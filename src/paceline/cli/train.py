@@ -29,7 +29,14 @@ DEFAULT_STEPS = 100
 
 def train(
     model: Annotated[str | None, typer.Argument(help="What to train.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text, JSONL, or builtin:python-stdlib.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text, JSONL, Parquet, a folder of such, or builtin:python-stdlib; "
+            "repeated, each as SRC=WEIGHT: a mixture, by share of rows."
+        ),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data, as --data.")] = None,
     plan_file: PlanFile = None,
     steps: Annotated[
         int | None, typer.Option(help=f"Steps of the whole run; {DEFAULT_STEPS}.", min=1)
@@ -50,25 +57,28 @@ def train(
 
     if is_launched():
         follow_launcher()  # before the imports below, which take seconds
-    from paceline.data.sources import source_files
     from paceline.kernels.device import choose_device
     from paceline.models.hub import resolve
     from paceline.plan.check import require
+    from paceline.train.inputs import open_inputs, require_sources
     from paceline.train.job import resumed_job, run_job
 
     require_dtype(dtype)
     if resume is not None:
-        given = {"MODEL": model, "--data": data, "--plan": plan_file, "--out": out}
-        _refuse_with_resume(given | {"--set": settings, "--dtype": dtype})
+        given = {"MODEL": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
+        _refuse_with_resume(given | {"--out": out, "--set": settings, "--dtype": dtype})
         job = resumed_job(resume, steps)
     else:
-        job = _new_job(model, data, out, steps, _plan(plan_file, settings, dtype))
-    source_files(job.config.data)
+        plan = _plan(plan_file, settings, dtype)
+        job = _new_job(model, data, out, plan, steps=steps, eval_data=eval_data)
+    require_sources(job.config)
     source = resolve(job.config.model, seed=job.plan.train.seed)
     num_ranks = None if is_launched() else nproc
     require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))
     choose_device(device)
     if job.plan.mesh.num_ranks > 1 and not is_launched():
+        # Here, for however long it takes: ranks would wait for each other no more than minutes.
+        open_inputs(job.config, job.plan, source)
         launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
         return
     record = run_job(job, source, device)
@@ -88,17 +98,25 @@ def _refuse_with_resume(given: dict[str, object]) -> None:
 
 
 def _new_job(
-    model: str | None, data: str | None, out: Path | None, steps: int | None, plan: Plan
+    model: str | None,
+    data: list[str] | None,
+    out: Path | None,
+    plan: Plan,
+    *,
+    steps: int | None,
+    eval_data: str | None,
 ) -> Job:
     from paceline.dist.launch import is_launched
     from paceline.train.job import new_job
     from paceline.train.run import RunConfig, RunFolder
 
-    if model is None or data is None or out is None:
+    if model is None or not data or out is None:
         hint = "paceline train MODEL --data SRC --out DIR, or paceline train --resume DIR"
         raise UsageError("train needs MODEL, --data and --out", hint=hint)
     folder = RunFolder(out)
     if not is_launched():  # ranks come after the first of them has written the folder
         folder.require_new()
-    config = RunConfig(model=model, data=data, steps=steps or DEFAULT_STEPS)
+    config = RunConfig(
+        model=model, data=tuple(data), steps=steps or DEFAULT_STEPS, eval_data=eval_data
+    )
     return new_job(config, plan, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK_BYTES = 1 << 22
 
@@ -53,6 +55,35 @@ def new_folder(path: Path) -> Generator[Path]:
         sync_file(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Holds a lock on `path`, which need not exist, among the processes of this machine.
+
+    The lock is a file beside it that goes when the lock does, and with the process that holds it
+    the lock ends too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    while True:
+        with file.open("wb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not _is_file(handle, file):
+                continue  # whoever held the lock has removed the file: lock a new one
+            try:
+                yield
+            finally:
+                file.unlink()
+            return
+
+
+def _is_file(handle: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

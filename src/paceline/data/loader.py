@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from paceline.core import rng
-from paceline.core.errors import UsageError
 from paceline.data.batch import Batch
-from paceline.data.rows import DocumentRows, PackedRows, Rows
-from paceline.data.tokens import TokenStore
+from paceline.data.mixture import MixtureOrder
+from paceline.data.rows import Row, as_batch, rows_of
+from paceline.data.store import TokenStore
+from paceline.data.tokens import Source
 from paceline.plan.batch import BatchShape, batch_shape
 from paceline.plan.plan import Plan
 
@@ -20,32 +21,29 @@ from paceline.plan.plan import Plan
 class Loader:
     """Gives each rank its micro-batches of each step.
 
-    Step s, from 1, reads rows ``(s - 1) * n`` to ``s * n - 1`` of an endless sequence in which
-    every epoch is a new permutation of all rows; which rank reads which of them follows from the
-    layout, which rows a step reads does not.
+    Step s, from 1, reads places ``(s - 1) * n`` to ``s * n - 1`` of an endless sequence of rows;
+    which rank reads which of them follows from the layout, which rows a step reads does not.
+
+    An epoch of a source is one reading of all its rows, each once, in an order of the epoch's own.
+    Of a mixture each source runs through epochs of its own: the larger its weight and the fewer
+    its rows, the sooner it begins anew.
 
     Args:
-        store: the tokens.
+        data: the tokens of a source, or several sources with their weights.
         plan: sizes and seed.
-        end_token: fills unpacked rows.
+        end_token: fills rows that are padded.
 
     Raises:
-        UsageError: less text than one row.
+        UsageError: less text than one row, a document that is too long, or a weight too small.
     """
 
-    def __init__(self, store: TokenStore, plan: Plan, *, end_token: int) -> None:
-        length = plan.train.sequence_length
-        self._rows: Rows = (
-            PackedRows(store, length) if plan.train.pack else DocumentRows(store, length, end_token)
-        )
-        if len(self._rows) == 0:
-            raise UsageError(
-                f"the data has {len(store.tokens)} tokens, fewer than one sequence of {length} + 1",
-                hint="give more data, or a shorter train.sequence_length",
-            )
+    def __init__(self, data: TokenStore | Sequence[Source], plan: Plan, *, end_token: int) -> None:
+        sources = [Source("the data", (data,))] if isinstance(data, TokenStore) else data
+        self._rows = [rows_of(source, plan.train, pad_token=end_token) for source in sources]
+        self._mixture = MixtureOrder([source.weight for source in sources], plan.train.seed)
         self._seed = plan.train.seed
         self.shape: BatchShape = batch_shape(plan)
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._order = lru_cache(maxsize=2 * len(sources))(self._permutation)
 
     def microbatches(self, step: int, data_index: int) -> list[Batch]:
         """The micro-batches of one rank, in order.
@@ -58,18 +56,17 @@ class Loader:
         first += data_index * self.shape.sequences_per_rank
         size = self.shape.microbatch_sequences
         return [
-            self._batch(range(first + i * size, first + (i + 1) * size))
-            for i in range(self.shape.num_microbatches)
+            as_batch([self._row_at(place) for place in range(start, start + size)])
+            for start in range(first, first + self.shape.sequences_per_rank, size)
         ]
 
-    def _batch(self, places: range) -> Batch:
-        rows = [self._rows[self._row_at(place)] for place in places]
-        stacked = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-        return Batch(*stacked)
+    def _row_at(self, place: int) -> Row:
+        source, turn = self._mixture.at(place)
+        rows = self._rows[source]
+        epoch, index = divmod(turn, len(rows))
+        return rows[int(self._order(source, epoch)[index])]
 
-    def _row_at(self, place: int) -> int:
-        epoch, index = divmod(place, len(self._rows))
-        return int(self._order(epoch)[index])
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return rng.permutation(len(self._rows), seed=self._seed, purpose="shuffle", stream=epoch)
+    def _permutation(self, source: int, epoch: int) -> NDArray[np.int64]:
+        stream = (source << 32) + epoch
+        count = len(self._rows[source])
+        return rng.permutation(count, seed=self._seed, purpose="shuffle", stream=stream)

@@ -12,6 +12,9 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paceline.core.errors import RequestError
@@ -20,8 +23,19 @@ from paceline.models.tokenizer import Tokenizer
 _MAX_TEMPLATE_CHARACTERS = 100_000
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The prompt for a conversation, ending where the assistant is to answer.
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """A conversation as the model reads it.
+
+    Args:
+        tokenizer: it has the template.
+        messages: the conversation.
+        add_generation_prompt: whether the text ends where the assistant is to answer next, or
+            with the last message.
 
     Raises:
         RequestError: the model has no template, or the template refuses the messages.
@@ -33,7 +47,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         template = _compile(tokenizer.chat_template)
         return template.render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens,
         )
     except Exception as error:  # a template is a model's code: it may raise anything
@@ -42,11 +56,28 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
         ) from error
 
 
+class _GenerationMarks(Extension):
+    """``{% generation %}``, with which some templates mark answers for training; it writes nothing.
+
+    Paceline finds answers in templates without it too (`paceline.data.examples`).
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (as its base declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     if len(source) > _MAX_TEMPLATE_CHARACTERS:
         raise jinja2.TemplateError(f"longer than {_MAX_TEMPLATE_CHARACTERS} characters")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"],
+    )
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _to_json
     return environment.from_string(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,29 @@ class Tokenizer:
         except TypeError as error:
             raise RequestError("the text is not valid Unicode", param="prompt") from error
 
+    @property
+    def start_ids(self) -> list[int]:
+        """The special tokens that `encode` puts before a text."""
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        is_special = encoding.special_tokens_mask
+        return encoding.ids[: is_special.index(0)] if 0 in is_special else []
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts at once, on all cores, without special tokens."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """As `encode_batch`, with the index of the character at which each token starts."""
+        encodings = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, [start for start, _ in e.offsets]) for e in encodings]
+
+    @cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """The pipeline without its post-processor, which may take spaces off a token's span."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = None  # type: ignore[assignment]
+        return backend
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
@@ -114,6 +134,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
         raise DataError(f"{path} is not a tokenizer: {error}") from error
+    backend.no_truncation()  # a file may keep what its last user has set
+    backend.no_padding()
     config = _optional_json(folder / "tokenizer_config.json")
     special_tokens = {
         key: value if isinstance(value, str) else value["content"]

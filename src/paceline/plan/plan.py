@@ -109,8 +109,9 @@ class TrainConfig(Config):
         sequence_length: tokens of one sequence.
         tokens_per_step: tokens of one optimizer step over all ranks; accumulation follows.
         seed: of the order of data, and of initialisation.
-        pack: whether documents share sequences; attention stays inside each document. Without
-            it every document has sequences of its own, padded at the end.
+        pack: whether documents share sequences; attention stays inside each document. Texts are
+            laid end to end and cut at the ends of sequences, chats and prompts with completions
+            are kept whole. Without it every document has sequences of its own, padded at the end.
         microbatch_tokens: upper bound on the tokens of one micro-batch (but at least one
             sequence), unless `pipeline.num_microbatches` is given.
         freeze: shell-style patterns of parameter names that are not trained.
@@ -121,8 +122,8 @@ class TrainConfig(Config):
             text and refuses chats and prompts with completions, which make no sense in parts.
         eval_interval_steps: steps between evaluations on held-out data, if there is any; the first
             is before the first step, the last after the last.
-        eval_tokens: upper bound on the tokens of one evaluation (but at least one micro-batch on
-            each rank); the same ones every time.
+        eval_tokens: upper bound on the tokens of one evaluation (but at least one sequence); the
+            same ones every time, whatever the layout.
     """
 
     sequence_length: int = 512

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
 from paceline.core.env import rank_environment
 from paceline.core.errors import UsageError
+from paceline.data.sources import parse_source
 from paceline.dist.world import open_world
 from paceline.kernels.device import choose_device, keep_freed_memory
 from paceline.models.hub import KNOWN, ModelSource
 from paceline.plan.plan import Plan
-from paceline.train.records import StepRecord
+from paceline.train.records import EvalRecord, FinalRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.trainer import Trainer
 
@@ -36,7 +37,17 @@ class Job:
 
 def new_job(config: RunConfig, plan: Plan, folder: RunFolder) -> Job:
     """A run to start; paths in its config are made absolute, so that any folder can resume it."""
-    config = replace(config, model=_absolute(config.model), data=_absolute(config.data))
+    weighted = [parse_source(text) for text in config.sources]
+    sources = [(_absolute(source), weight) for source, weight in weighted]
+    config = replace(
+        config,
+        model=_absolute(config.model),
+        # The weight is written even where it is 1: paths may hold the sign that it follows.
+        data=tuple(f"{source}={weight}" for source, weight in sources)
+        if len(sources) > 1
+        else sources[0][0],
+        eval_data=config.eval_data and _absolute(config.eval_data),
+    )
     return Job(config, plan, folder)
 
 
@@ -75,14 +86,23 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
     keep_freed_memory()
     with open_world(job.plan.mesh, device) as world:
-        if job.checkpoint is None and world.is_first:
-            job.folder.start(job.config, job.plan, source.files)
-        world.barrier()
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
+        if job.checkpoint is None and world.is_first:  # not before the data has been found sound
+            job.folder.start(trainer.config, job.plan, source.files)
+        world.barrier()
         if job.checkpoint is not None:
             trainer.restore(job.checkpoint)
         record = trainer.run()
-        return record if world.is_first else None
+        return _final(record, trainer.evaluation) if world.is_first and record else None
+
+
+def _final(record: StepRecord, evaluation: EvalRecord | None) -> StepRecord:
+    """The last step's record, with what its evaluation gave."""
+    if evaluation is None:
+        return record
+    return FinalRecord(
+        **asdict(record), eval_loss=evaluation.loss, eval_perplexity=evaluation.perplexity
+    )
 
 
 def _absolute(name: str) -> str:

@@ -67,6 +67,39 @@ class StepRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinalRecord(StepRecord):
+    """The last step of a run with held-out data.
+
+    Attributes:
+        eval_loss: mean over the held-out tokens, after the step.
+        eval_perplexity: its exponential.
+    """
+
+    eval_loss: float
+    eval_perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRecord(Record):
+    """The held-out data has been read.
+
+    Attributes:
+        step: steps taken before it; 0 is the model as it was.
+        loss: mean over the tokens.
+        perplexity: its exponential.
+        tokens: that had a loss, over all ranks.
+        time_s: that training stood still.
+    """
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SaveRecord(Record):
     """A checkpoint is complete.
 

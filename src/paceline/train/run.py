@@ -1,7 +1,7 @@
 """The run folder: what a run is, so that it can be resumed and exported by its path alone.
 
 plan.toml                  the plan, every key written out
-run.toml                   model, data and number of steps
+run.toml                   model, data (and a hash of its tokens) and number of steps
 model/                     the model's small files: config, tokenizer
 records/rank-*.jsonl       what happened
 checkpoints/step-N/        complete when manifest.json is there
@@ -25,13 +25,23 @@ class RunConfig(Config):
 
     Attributes:
         model: a MODEL argument.
-        data: a SRC argument.
+        data: a SRC argument, or several, each ``SRC=WEIGHT``.
         steps: optimizer steps of the whole run.
+        eval_data: a SRC argument, of data that is held out.
+        data_identity: hashes of the tokens of each source, of the held-out one last; none before
+            the run has begun.
     """
 
     model: str
-    data: str
+    data: str | tuple[str, ...]
     steps: int
+    eval_data: str | None = None
+    data_identity: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`data` as a list, whatever the number of sources."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,7 @@ import torch
 import paceline
 from paceline.checkpoint import store
 from paceline.core.clock import Clock, WallClock
-from paceline.core.env import cache_folder
-from paceline.core.errors import UsageError
 from paceline.core.record import RecordWriter
-from paceline.data.loader import Loader
-from paceline.data.tokens import TokenStore, tokenize
 from paceline.dist.world import World
 from paceline.kernels.device import (
     choose_dtype,
@@ -30,9 +26,11 @@ from paceline.optim import OPTIMIZERS
 from paceline.optim.schedule import learning_rate
 from paceline.parallel.apply import apply
 from paceline.plan.plan import Plan
+from paceline.train.evaluate import evaluate
+from paceline.train.inputs import open_inputs
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
-from paceline.train.records import RunRecord, SaveRecord, StepRecord
+from paceline.train.records import EvalRecord, RunRecord, SaveRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.state import State
 from paceline.train.step import StepResult, train_step
@@ -62,15 +60,16 @@ class Trainer:
         objective: Objective = next_token,
         clock: Clock | None = None,
     ) -> None:
-        self.source, self.config, self.plan = source, config, plan
+        inputs = open_inputs(config, plan, source)
+        self.config, self.loader, self.held_out = inputs.config, inputs.loader, inputs.held_out
+        self.source, self.plan = source, plan
         self.world, self.folder = world, folder
         self.objective = objective
         self.clock = clock or WallClock()
         model = apply(source.spec, source.weights, plan, world)
         optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer)
         self.state = State(model, optimizer)
-        end_token = _end_token(source)
-        self.loader = Loader(_tokens(source, config, world, end_token), plan, end_token=end_token)
+        self.evaluation: EvalRecord | None = None
         self._peak_flops = 0.0
 
     def restore(self, checkpoint: Path) -> None:
@@ -83,6 +82,7 @@ class Trainer:
         record = None
         with closing(RecordWriter(self.folder.records(self.world.rank))) as self._records:
             self._begin()
+            self._evaluate_if_due()
             while self.state.step < self.config.steps:
                 start_s = self.clock.now_s()
                 step = self.state.step + 1
@@ -99,6 +99,7 @@ class Trainer:
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
                 if self._is_save_due():
                     self._save()
+                self._evaluate_if_due()
         return record
 
     def _begin(self) -> None:
@@ -119,7 +120,8 @@ class Trainer:
         )
         self._say(
             f"{self.config.model}, {self.source.spec.num_parameters / 1e6:,.1f} M parameters, on "
-            f"{self.config.data}: steps {self.state.step + 1} to {self.config.steps}, "
+            f"{' and '.join(self.config.sources)}: "
+            f"steps {self.state.step + 1} to {self.config.steps}, "
             f"{self.world.mesh.num_ranks} rank(s) of at best {self._peak_flops / 1e9:,.0f} GFLOP/s"
         )
 
@@ -163,6 +165,27 @@ class Trainer:
         self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
         self._say(f"saved {path} in {time_s:.1f} s")
 
+    def _evaluate_if_due(self) -> None:
+        step = self.state.step
+        is_due = step % self.plan.train.eval_interval_steps == 0 or step == self.config.steps
+        if self.held_out is None or not is_due:
+            return
+        start_s = self.clock.now_s()
+        batches = self.held_out.batches(self.world.data_index)
+        result = evaluate(self.state.model, batches, self.objective, self.world)
+        self.evaluation = EvalRecord(
+            step=step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            tokens=result.tokens,
+            time_s=self.clock.now_s() - start_s,
+        )
+        self._records.write(self.evaluation)
+        self._say(
+            f"held out, after step {step}: loss {result.loss:.4f}  "
+            f"perplexity {result.perplexity:,.2f}  {result.tokens:,} tokens"
+        )
+
     def _say(self, line: str) -> None:
         """Tells the person at the terminal, once for all ranks."""
         if self.world.is_first:
@@ -177,27 +200,3 @@ def log_line(record: StepRecord, num_steps: int) -> str:
         f"{record.tokens_per_s:,.0f} tokens/s  {record.peak_share:.0%} of peak  "
         f"{record.memory_bytes / 2**30:.2f} GiB  eta {left}"
     )
-
-
-def _end_token(source: ModelSource) -> int:
-    """What is put after every document."""
-    if not source.tokenizer.eos_ids:
-        hint = "name eos_token in its tokenizer_config.json"
-        raise UsageError(f"{source.name}: its tokenizer has no token that ends a text", hint=hint)
-    return source.tokenizer.eos_ids[0]
-
-
-def _tokens(source: ModelSource, config: RunConfig, world: World, end_token: int) -> TokenStore:
-    """The tokenised data; the first rank makes it, the others find it in the cache."""
-    if not world.is_first:
-        world.barrier()
-    tokens = tokenize(
-        config.data,
-        source.tokenizer,
-        identity=source.files["tokenizer.json"],
-        end_token=end_token,
-        cache=cache_folder() / "tokens",
-    )
-    if world.is_first:
-        world.barrier()
-    return tokens

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from paceline.core import rng
 from paceline.data.loader import Loader
-from paceline.data.tokens import TokenStore
+from paceline.data.store import TokenStore
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS

@@ -40,3 +40,7 @@ class DataParallel(ABC):
     @abstractmethod
     def finish_gradients(self, model: Decoder) -> None:
         """Called after the last backward of a step; then gradients are whole sums."""
+
+    @abstractmethod
+    def finish_evaluation(self, model: Decoder) -> None:
+        """Called after forward passes that no backward pass follows."""

@@ -52,3 +52,7 @@ class FullySharded(DataParallel):
 
     def finish_gradients(self, model: Decoder) -> None:
         pass  # reduced during each backward pass
+
+    def finish_evaluation(self, model: Decoder) -> None:
+        # The outermost unit keeps what it has gathered until its backward pass.
+        cast("FSDPModule", model).reshard()

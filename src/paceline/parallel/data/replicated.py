@@ -46,6 +46,9 @@ class Replicated(DataParallel):
             for gradient, total in zip(bucket, flat.split(sizes), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
+    def finish_evaluation(self, model: Decoder) -> None:
+        pass  # nothing was gathered
+
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients in order, in groups of about `_BUCKET_BYTES`."""
