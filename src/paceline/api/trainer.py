@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from paceline.core.env import rank_environment
-from paceline.data.sources import source_files
 from paceline.kernels.device import choose_device
 from paceline.models.hub import resolve
 from paceline.plan.check import require
 from paceline.plan.plan import Plan
+from paceline.train.inputs import require_sources
 from paceline.train.job import Job, new_job, resumed_job, run_job
 from paceline.train.records import StepRecord
 from paceline.train.run import RunConfig, RunFolder
@@ -21,8 +22,10 @@ class Trainer:
 
     Args:
         model: a MODEL.
-        data: a SRC: text, JSONL or Parquet files, a folder of such, or ``builtin:python-stdlib``.
+        data: a SRC: text, JSONL or Parquet files, a folder of such, or ``builtin:python-stdlib``;
+            or several, each ``SRC=WEIGHT``: a mixture, by share of rows.
         out: a new run folder.
+        eval_data: a SRC of data that is held out.
         plan: how; by default one rank and the plan's defaults.
         steps: optimizer steps of the whole run.
         device: auto, cpu or cuda.
@@ -36,8 +39,9 @@ class Trainer:
         self,
         model: str | Path,
         *,
-        data: str | Path,
+        data: str | Path | Sequence[str],
         out: str | Path,
+        eval_data: str | Path | None = None,
         plan: Plan | None = None,
         steps: int = 100,
         device: str = "auto",
@@ -45,7 +49,12 @@ class Trainer:
         folder = RunFolder(Path(out))
         if rank_environment() is None:  # ranks may come after the first has written the folder
             folder.require_new()
-        config = RunConfig(model=str(model), data=str(data), steps=steps)
+        config = RunConfig(
+            model=str(model),
+            data=str(data) if isinstance(data, str | Path) else tuple(data),
+            steps=steps,
+            eval_data=None if eval_data is None else str(eval_data),
+        )
         self._open(new_job(config, plan or Plan(), folder), device)
 
     @classmethod
@@ -66,7 +75,7 @@ class Trainer:
 
     def _open(self, job: Job, device: str) -> None:
         """Checks all that can be checked before ranks meet."""
-        source_files(job.config.data)
+        require_sources(job.config)
         self._source = resolve(job.config.model, seed=job.plan.train.seed)
         environment = rank_environment()
         num_ranks = environment.world_size if environment else 1
