@@ -94,16 +94,16 @@ class Decoder(nn.Module):
         Returns:
             logits_BTV, or logits_B1V, in the compute dtype.
         """
-        layout = layout or Layout.whole_rows(tokens_BT)
+        place: Layout = layout or Layout.whole_rows(tokens_BT)
         x_BTD = self._embed(tokens_BT)
         if self.prelude is not None and not is_begun:
-            x_BTD, layout, attend = self.prelude(x_BTD, layout, attend)
+            x_BTD, place, attend = self.prelude(x_BTD, place, attend)
         if self.spec.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding(layout.positions_BT).to(x_BTD.dtype)
-        angles = self._angles(layout, x_BTD.dtype)
+            x_BTD = x_BTD + self.position_embedding(place.positions_BT).to(x_BTD.dtype)
+        angles = self._angles(place, x_BTD.dtype)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, layout, angles[self.spec.window_of(layer) is not None], attend)
-        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD[:, layout.num_shared :])
+            x_BTD = block(x_BTD, place, angles[self.spec.window_of(layer) is not None], attend)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :])
         if self.spec.tied_embeddings:
             return functional.linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
         return self.head(x_BTD)

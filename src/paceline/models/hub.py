@@ -24,6 +24,7 @@ from paceline.core.files import new_folder, sha256
 from paceline.models import gguf
 from paceline.models.families import family
 from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec, read_text
+from paceline.models.peft.files import Adapter, is_adapter
 from paceline.models.tokenizer import Tokenizer, byte_tokenizer, read_tokenizer, tokenizer_files
 from paceline.models.weights import RandomWeights, Weights
 from paceline.plan.model_spec import ModelSpec
@@ -80,6 +81,7 @@ class ModelSource:
         weights: reads its parameters.
         tokenizer: its tokenizer.
         files: the small files of its folder, name to text; with weights they are the model.
+        adapter: what is added to it, if anything (`paceline.models.adapters`).
     """
 
     name: str
@@ -87,6 +89,7 @@ class ModelSource:
     weights: Weights
     tokenizer: Tokenizer
     files: dict[str, str]
+    adapter: Adapter | None = None
 
 
 def resolve(model: str, *, seed: int = 0) -> ModelSource:
@@ -113,6 +116,9 @@ def locate(model: str) -> Path:
     if path.suffix == ".gguf":
         return _converted(path)
     if path.is_dir():
+        if is_adapter(path):
+            hint = "generate, chat and serve take it; checkpoint export --merge makes a model of it"
+            raise UsageError(f"{path} is an adapter, which is no model by itself", hint=hint)
         return path
     raise UnknownNameError(
         "model", model, [*KNOWN, "random:llama:tiny", "a folder", "a .gguf file"]

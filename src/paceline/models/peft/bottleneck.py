@@ -74,5 +74,5 @@ class Bottleneck(LinearMethod):
 
     @classmethod
     def from_file(cls, options: FileOptions, names: FileNames) -> Self:
-        targets, width = names.targets(options), options.take("width", int)
+        targets, width = names.targets(options), options.take_int("width")
         return cls(PeftConfig(method="bottleneck", targets=targets, width=width))

@@ -158,7 +158,7 @@ def _read_method(options: FileOptions, spec: ModelSpec) -> Method:
         raise UsageError(
             f"{options.path}: peft_type {kind!r} is not built in this version", hint=hint
         )
-    is_dora = kind == "LORA" and options.take("use_dora", bool, False)
+    is_dora = kind == "LORA" and options.take_switch("use_dora")
     name = "dora" if is_dora else _METHODS[kind]
     return PEFT.load(name).from_file(options, FileNames(spec))
 

@@ -108,9 +108,9 @@ def read_lora_fields(method: str, options: FileOptions, names: FileNames) -> Pef
     ``use_rslora`` scales by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732): another alpha.
     """
     targets = names.targets(options)
-    rank = options.take("r", int)
-    alpha = options.take("lora_alpha", float)
-    if options.take("use_rslora", bool, False):
+    rank = options.take_int("r")
+    alpha = options.take_float("lora_alpha")
+    if options.take_switch("use_rslora"):
         alpha *= rank**0.5
     options.require("bias", "none")
     # Other ways to begin change the base model's weights, which the file does not hold.

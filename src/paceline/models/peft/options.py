@@ -6,11 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from paceline.core.errors import DataError, UsageError
-
-T = TypeVar("T", bool, int, float)
 
 _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
 
@@ -27,21 +25,28 @@ class FileOptions:
         self.path = path
         self._left = dict(values)
 
-    def take(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of an option; numbers are positive.
-
-        Raises:
-            DataError: it is absent without a default, or of another type.
-        """
+    def take_int(self, key: str) -> int:
+        """A count; raises DataError if it is absent or not positive."""
         value = self._left.pop(key, None)
-        value = default if value is None else value
-        if kind is float and type(value) is int:
-            value = kind(value)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if type(value) is not kind or (is_number and not 0 < value < math.inf):
-            noun = "true or false" if kind is bool else f"a positive {kind.__name__}"
-            raise DataError(f"{self.path}: {key} = {value!r}: must be {noun}")
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise DataError(f"{self.path}: {key} = {value!r}: must be a positive integer")
         return value
+
+    def take_float(self, key: str) -> float:
+        """A number; raises DataError if it is absent, or not positive and finite."""
+        value = self._left.pop(key, None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{self.path}: {key} = {value!r}: must be a number")
+        if not 0 < value < math.inf:
+            raise DataError(f"{self.path}: {key} = {value!r}: must be positive and finite")
+        return float(value)
+
+    def take_switch(self, key: str) -> bool:
+        """Whether an option is on, which it is not where it is absent."""
+        value = self._left.pop(key, None)
+        if value not in (None, True, False):
+            raise DataError(f"{self.path}: {key} = {value!r}: must be true or false")
+        return bool(value)
 
     def take_text(self, key: str) -> str:
         """An option that is a text; raises DataError if it is none."""

@@ -94,4 +94,4 @@ def read_prelude_fields(
     options.require_model("num_layers", spec.num_layers)
     options.require_model("token_dim", width)
     options.require("num_transformer_submodules", 1)
-    return PeftConfig(method=method, virtual_tokens=options.take("num_virtual_tokens", int))
+    return PeftConfig(method=method, virtual_tokens=options.take_int("num_virtual_tokens"))
