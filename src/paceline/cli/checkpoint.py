@@ -99,6 +99,9 @@ def _export(checkpoint: Path, run: RunFolder, out: Path, *, is_adapter: bool, me
         return
     config, plan = run.read()
     if not merge:
+        if config.model.startswith("random:") and plan.train.seed:
+            rule = f"{config.model} has other weights than it had in this run: train.seed"
+            raise UsageError(f"{rule} = {plan.train.seed}", hint="--merge writes the whole model")
         export.export_adapter(checkpoint, config.model, out)
         return
     base = resolve(config.model, seed=plan.train.seed)

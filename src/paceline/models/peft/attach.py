@@ -11,7 +11,7 @@ from torch import Tensor
 from paceline.core.errors import UsageError
 from paceline.models.decoder import Decoder
 from paceline.models.peft import PEFT
-from paceline.models.peft.base import Method
+from paceline.models.peft.base import Method, Origin
 from paceline.models.weights import Weights, build
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig
@@ -67,7 +67,7 @@ def attach(
         return Attached(weights, frozenset())
     for parameter in own.values():
         parameter.requires_grad_(False)
-    values = added or _StartValues(method, new, weights, seed)
+    values = added or _StartValues(method, new, Origin(model.spec, weights, seed))
     return Attached(_Joined(weights, values, frozenset(new)), frozenset(new))
 
 
@@ -104,12 +104,12 @@ class _StartValues:
     """The values that new parameters begin with."""
 
     def __init__(
-        self, method: Method, shapes: Mapping[str, tuple[int, ...]], base: Weights, seed: int
+        self, method: Method, shapes: Mapping[str, tuple[int, ...]], origin: Origin
     ) -> None:
-        self._method, self._shapes, self._base, self._seed = method, shapes, base, seed
+        self._method, self._shapes, self._origin = method, shapes, origin
 
     def read(self, name: str) -> Tensor:
-        return self._method.start(name, self._shapes[name], self._base, self._seed)
+        return self._method.start(name, self._shapes[name], self._origin)
 
 
 class _Joined:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -11,7 +12,23 @@ from paceline.models.decoder import Decoder
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
 from paceline.models.weights import Weights
+from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What start values depend on, besides their names.
+
+    Attributes:
+        spec: sizes of the model.
+        weights: the model's own.
+        seed: of what is random.
+    """
+
+    spec: ModelSpec
+    weights: Weights
+    seed: int
 
 
 class Method(ABC):
@@ -42,14 +59,13 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
         """The value that a new parameter begins with.
 
         Args:
             name: of the parameter.
             shape: of the parameter.
-            base: the model's own weights.
-            seed: of what is random, together with the name.
+            origin: what the value may depend on.
         """
 
     def merge(self, kind: str, value: Tensor, module: str, added: Weights) -> Tensor:  # noqa: ARG002

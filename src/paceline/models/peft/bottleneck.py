@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from paceline.core import rng
 from paceline.models.linear import Linear
+from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
-from paceline.models.weights import Weights
 from paceline.plan.plan import PeftConfig
 
 _START_STD = 1e-2  # Sec. 3.1: near enough to the identity
@@ -63,10 +63,10 @@ class Bottleneck(LinearMethod):
     def adapt(self, name: str, base: Linear) -> BottleneckLinear:
         return BottleneckLinear(base, self.config.width)
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
         if name.endswith("_bias"):
             return torch.zeros(shape)
-        draws = rng.normal(shape[0] * shape[1], seed=seed, purpose="adapter", stream=name)
+        draws = rng.normal(shape[0] * shape[1], seed=origin.seed, purpose="adapter", stream=name)
         return torch.from_numpy((draws * _START_STD).astype(np.float32)).view(shape)
 
     def file_config(self, names: FileNames, targets: list[str]) -> dict[str, Any]:

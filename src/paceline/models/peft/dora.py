@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paceline.models.linear import Linear
+from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.lora import (
     LINEAR_LAYERS,
@@ -72,11 +73,11 @@ class Dora(LinearMethod):
     def adapt(self, name: str, base: Linear) -> DoraLinear:
         return DoraLinear(base, self.config)
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
         module, _, part = name.rpartition(".")
         if part != "magnitude":
-            return start_factor(name, shape, seed)
-        weight = base.read(f"{module}.weight")
+            return start_factor(name, shape, origin.seed)
+        weight = origin.weights.read(f"{module}.weight")
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return torch.linalg.vector_norm(wide, dim=1)
 

@@ -38,7 +38,7 @@ _METHODS = {
 }
 """What files call each method; LoRA's say beside it whether they are DoRA's."""
 
-_DESCRIPTIVE = ("auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config")
+_DESCRIPTIVE = ("auto_mapping", "inference_mode", "peft_version", "revision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,9 @@ def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
     options.ignore("base_model_name_or_path", *_DESCRIPTIVE)
     options.require("task_type", "CAUSAL_LM")
     options.refuse_rest()
+    if (count := method.config.num_virtual_tokens) >= spec.max_positions:
+        message = f"{count} virtual tokens leave nothing of a context of {spec.max_positions}"
+        raise UsageError(f"{options.path}: {message}")
     stored = _read_tensors(folder)
     expected = _expected(method, spec)
     _require_fit(folder, stored, {key: shape for key, shape, _ in expected.values()})

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paceline.core.errors import UsageError
 from paceline.models.linear import Linear
+from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
@@ -52,7 +53,7 @@ class Ia3(LinearMethod):
     def adapt(self, name: str, base: Linear) -> Ia3Linear:
         return Ia3Linear(base, scales_inputs=name.endswith(_SCALED_BEFORE))
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
         return torch.ones(shape)
 
     def merge(self, kind: str, value: Tensor, module: str, added: Weights) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from paceline.core import rng
 from paceline.models.linear import Linear
+from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
@@ -56,8 +57,8 @@ class Lora(LinearMethod):
     def adapt(self, name: str, base: Linear) -> LoraLinear:
         return LoraLinear(base, self.config)
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
-        return start_factor(name, shape, seed)
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
+        return start_factor(name, shape, origin.seed)
 
     def merge(self, kind: str, value: Tensor, module: str, added: Weights) -> Tensor:
         return value if kind == "bias" else value + low_rank(self.config, module, added, value)

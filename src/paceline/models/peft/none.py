@@ -15,10 +15,9 @@ from torch import Tensor
 
 from paceline.core.errors import UsageError
 from paceline.models.decoder import Decoder
-from paceline.models.peft.base import Method
+from paceline.models.peft.base import Method, Origin
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
-from paceline.models.weights import Weights
 
 
 class EveryParameter(Method):
@@ -30,7 +29,7 @@ class EveryParameter(Method):
     def attach(self, model: Decoder) -> None:
         pass
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
         _no_adapter()
 
     def file_key(self, name: str, names: FileNames) -> str:

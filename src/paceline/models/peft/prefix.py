@@ -22,12 +22,11 @@ from paceline.core import rng
 from paceline.models.attention import Attend, AttentionSite
 from paceline.models.decoder import Decoder
 from paceline.models.layout import Layout
-from paceline.models.peft.base import Method
+from paceline.models.peft.base import Method, Origin
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
 from paceline.models.peft.prompt import prelude_fields, read_prelude_fields
 from paceline.models.prelude import Prelude
-from paceline.models.weights import Weights
 
 _START_STD = 0.02
 
@@ -89,8 +88,8 @@ class Prefix(Method):
         shape = (self.config.virtual_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         model.prelude = PrefixPrelude(nn.Parameter(model.embedding.weight.new_empty(shape)))
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
-        draws = rng.normal(int(np.prod(shape)), seed=seed, purpose="adapter", stream=name)
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
+        draws = rng.normal(int(np.prod(shape)), seed=origin.seed, purpose="adapter", stream=name)
         return torch.from_numpy((draws * _START_STD).astype(np.float32)).view(shape)
 
     def file_key(self, name: str, names: FileNames) -> str:

@@ -21,11 +21,10 @@ from paceline.core import rng
 from paceline.models.attention import Attend
 from paceline.models.decoder import Decoder
 from paceline.models.layout import Layout
-from paceline.models.peft.base import Method
+from paceline.models.peft.base import Method, Origin
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
 from paceline.models.prelude import Prelude
-from paceline.models.weights import Weights
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig
 
@@ -55,11 +54,11 @@ class Prompt(Method):
         shape = (self.config.virtual_tokens, model.spec.d_model)
         model.prelude = PromptPrelude(nn.Parameter(model.embedding.weight.new_empty(shape)))
 
-    def start(self, name: str, shape: tuple[int, ...], base: Weights, seed: int) -> Tensor:
-        embedding_VD = base.read("embedding.weight")
-        draws = rng.bits(shape[0], seed=seed, purpose="adapter", stream=name)
+    def start(self, name: str, shape: tuple[int, ...], origin: Origin) -> Tensor:
+        embedding_VD = origin.weights.read("embedding.weight")
+        draws = rng.bits(shape[0], seed=origin.seed, purpose="adapter", stream=name)
         tokens = (draws % np.uint64(len(embedding_VD))).astype(np.int64)
-        return embedding_VD[torch.from_numpy(tokens)]
+        return embedding_VD[torch.from_numpy(tokens)] * origin.spec.embedding_scale
 
     def file_key(self, name: str, names: FileNames) -> str:
         return "prompt_embeddings"
