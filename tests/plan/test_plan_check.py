@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -284,7 +284,9 @@ def test_checking_a_plan_needs_no_torch():
 
 
 def problems_of(*settings: tuple[str, Any]) -> list[tuple[str, str]]:
-    return [(problem.path, problem.rule) for problem in check(plan_with(*settings), SPEC)]
+    """Of a plan for a model with a context of 600."""
+    spec = replace(SPEC, max_positions=600)
+    return [(problem.path, problem.rule) for problem in check(plan_with(*settings), spec)]
 
 
 @pytest.mark.parametrize("key", PEFT_KEYS)
@@ -308,7 +310,7 @@ def test_sizes_of_fine_tuning_are_positive(key, value):
 def test_an_unknown_method_lists_near_ones():
     (problem,) = check(plan_with(("peft.method", "lor")), SPEC)
     assert (problem.path, problem.rule) == ("peft.method", "is no method of fine-tuning")
-    assert problem.hint == "did you mean lora or dora?"
+    assert problem.hint.startswith("did you mean lora")
 
 
 @pytest.mark.parametrize("method", [name for name in PEFT if name != "none"])
@@ -321,13 +323,13 @@ def test_fine_tuning_freezes_the_model_already(method):
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
 def test_virtual_tokens_take_their_part_of_the_context(method):
-    """500 + 12 = 512."""
-    sizes = [("train.sequence_length", 500), ("train.tokens_per_step", 500)]
-    virtual = [] if method == "lora" else [("peft.virtual_tokens", 12)]
+    """590 + 10 = 600."""
+    sizes = [("train.sequence_length", 590), ("train.tokens_per_step", 590)]
+    virtual = [] if method == "lora" else [("peft.virtual_tokens", 10)]
     assert problems_of(("peft.method", method), *virtual, *sizes) == []
     if virtual:
-        more = [("peft.virtual_tokens", 13)]
-        rule = "exceeds, behind 13 virtual tokens, the model's context of 512 tokens"
+        more = [("peft.virtual_tokens", 11)]
+        rule = "exceeds, behind 11 virtual tokens, the model's context of 600 tokens"
         assert problems_of(("peft.method", method), *more, *sizes) == [
             ("train.sequence_length", rule)
         ]
