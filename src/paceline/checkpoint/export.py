@@ -53,9 +53,7 @@ def export_adapter(checkpoint: Path, base: str, target: Path) -> None:
         DataError: the checkpoint is damaged.
     """
     _require_new(target)
-    manifest = read_manifest(checkpoint)
-    spec, peft = ModelSpec.from_dict(manifest.model), peft_of(manifest)
-    tensors = _parameters(checkpoint)
+    spec, peft, tensors = _adapter(checkpoint)
     with new_folder(target) as folder:
         write_adapter(folder, spec, peft, base, tensors)
 
@@ -74,9 +72,8 @@ def export_merged(checkpoint: Path, base: Weights, files: dict[str, str], target
         DataError: the checkpoint is damaged.
     """
     _require_new(target)
-    manifest = read_manifest(checkpoint)
-    spec, peft = ModelSpec.from_dict(manifest.model), peft_of(manifest)
-    merged = MergedWeights(spec, peft, base, TensorWeights(_parameters(checkpoint)))
+    spec, peft, tensors = _adapter(checkpoint)
+    merged = MergedWeights(spec, peft, base, TensorWeights(tensors))
     names = [name for name, _ in build(spec).named_parameters()]
     _write_model(target, spec, ((name, merged.read(name)) for name in names), files)
 
@@ -89,6 +86,12 @@ def peft_of(manifest: Manifest) -> PeftConfig:
 def _require_new(target: Path) -> None:
     if target.exists():
         raise UsageError(f"{target} exists already", hint="export to a new folder")
+
+
+def _adapter(checkpoint: Path) -> tuple[ModelSpec, PeftConfig, dict[str, Tensor]]:
+    """The model that was adapted, how, and the new parameters."""
+    manifest = read_manifest(checkpoint)
+    return ModelSpec.from_dict(manifest.model), peft_of(manifest), _parameters(checkpoint)
 
 
 def _parameters(checkpoint: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from paceline.core.errors import UsageError
 from paceline.models.decoder import Decoder
-from paceline.models.hub import ModelSource, resolve
+from paceline.models.hub import KNOWN, ModelSource, resolve
 from paceline.models.peft.attach import MergedWeights, attach, method_of
 from paceline.models.peft.files import base_model, is_adapter, open_adapter
 from paceline.models.weights import Weights
@@ -25,7 +25,7 @@ def resolve_adapted(model: str, adapter: Path | None = None) -> ModelSource:
         DataError: files that are damaged.
     """
     folder = Path(model)
-    if not is_adapter(folder):
+    if model in KNOWN or not is_adapter(folder):
         source = resolve(model)
         return source if adapter is None else _with_adapter(source, adapter)
     if adapter is not None:

@@ -73,8 +73,4 @@ class LinearMethod(Method):
 
 def _near(pattern: str, names: list[str]) -> str:
     """A hint that lists names like the pattern; those of the first block stand for all."""
-    return name_hint(
-        pattern,
-        [name for name in names if not name.startswith("blocks.")]
-        + [name for name in names if name.startswith("blocks.0.")],
-    )
+    return name_hint(pattern, [name for name in names if name.startswith(("blocks.0.", "head"))])
