@@ -22,6 +22,7 @@ from paceline.cli.main import app
 from paceline.core.config import Config
 from paceline.core.registry import NameTable
 from paceline.models.families import FAMILIES
+from paceline.models.peft import PEFT
 from paceline.optim import OPTIMIZERS
 from paceline.parallel.data import STAGES
 from paceline.plan.plan import Plan
@@ -30,6 +31,7 @@ from paceline.serve.schedule import POLICIES
 DOCS = Path(__file__).parent
 TABLES = {
     "zero.stage": STAGES,
+    "peft.method": PEFT,
     "optimizer.name": OPTIMIZERS,
     "serve.policy": POLICIES,
     "model_type, in a model's config.json": FAMILIES,

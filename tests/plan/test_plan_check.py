@@ -5,15 +5,16 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from paceline.core.config import Config
 from paceline.core.errors import ConfigError
+from paceline.models.peft import PEFT
 from paceline.plan import check as rules
-from paceline.plan.check import NAMED, NOT_BUILT, check, require, value_at
+from paceline.plan.check import NAMED, NOT_BUILT, PEFT_KEYS, check, require, value_at
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -280,3 +281,55 @@ def test_checking_a_plan_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def problems_of(*settings: tuple[str, Any]) -> list[tuple[str, str]]:
+    """Of a plan for a model with a context of 600."""
+    spec = replace(SPEC, max_positions=600)
+    return [(problem.path, problem.rule) for problem in check(plan_with(*settings), spec)]
+
+
+@pytest.mark.parametrize("key", PEFT_KEYS)
+def test_an_option_of_fine_tuning_is_read_or_refused(key):
+    """By every method that is in the table, and by no other."""
+    table = {"none"}.union(*PEFT_KEYS.values())
+    assert table == set(PEFT)
+    value = {"targets": ["*.up"], "alpha": 2.5}.get(key, 3)
+    for method in PEFT:
+        expected = [] if method in PEFT_KEYS[key] else [f"is not read by peft.method = {method}"]
+        found = problems_of(("peft.method", method), (f"peft.{key}", value))
+        assert found == [(f"peft.{key}", rule) for rule in expected]
+
+
+@pytest.mark.parametrize("key", ["rank", "alpha", "virtual_tokens", "width"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_of_fine_tuning_are_positive(key, value):
+    assert problems_of((f"peft.{key}", value)) == [(f"peft.{key}", "must be positive and finite")]
+
+
+def test_an_unknown_method_lists_near_ones():
+    (problem,) = check(plan_with(("peft.method", "lor")), SPEC)
+    assert (problem.path, problem.rule) == ("peft.method", "is no method of fine-tuning")
+    assert problem.hint.startswith("did you mean lora")
+
+
+@pytest.mark.parametrize("method", [name for name in PEFT if name != "none"])
+def test_fine_tuning_freezes_the_model_already(method):
+    settings = [("peft.method", method), ("train.freeze", ["embedding.*"])]
+    rule = f"does not go with peft.method = {method}, which freezes the whole model"
+    assert problems_of(*settings) == [("train.freeze", rule)]
+    assert problems_of(settings[1]) == []
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
+def test_virtual_tokens_take_their_part_of_the_context(method):
+    """590 + 10 = 600."""
+    sizes = [("train.sequence_length", 590), ("train.tokens_per_step", 590)]
+    virtual = [] if method == "lora" else [("peft.virtual_tokens", 10)]
+    assert problems_of(("peft.method", method), *virtual, *sizes) == []
+    if virtual:
+        more = [("peft.virtual_tokens", 11)]
+        rule = "exceeds, behind 11 virtual tokens, the model's context of 600 tokens"
+        assert problems_of(("peft.method", method), *more, *sizes) == [
+            ("train.sequence_length", rule)
+        ]

@@ -1,16 +1,23 @@
-"""A checkpoint's model as a folder in Hugging Face layout."""
+"""A checkpoint's model as a folder in Hugging Face layout, or its adapter as one of `peft`'s."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from paceline.checkpoint.manifest import read_manifest
+from torch import Tensor
+
+from paceline.checkpoint.manifest import Manifest, read_manifest
 from paceline.checkpoint.store import load_whole
 from paceline.core.errors import UsageError
 from paceline.core.files import new_folder
 from paceline.models.hf import WEIGHTS_FILE, stored_dtype, write_weights
+from paceline.models.peft.attach import MergedWeights
+from paceline.models.peft.files import write_adapter
+from paceline.models.weights import TensorWeights, Weights, build
 from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import PeftConfig, Plan
 
 _PREFIX = "model."
 
@@ -19,7 +26,7 @@ def export(checkpoint: Path, files: dict[str, str], target: Path) -> None:
     """Writes a model folder, whole or not at all, in the dtype that its config.json states.
 
     Args:
-        checkpoint: a complete checkpoint.
+        checkpoint: a complete checkpoint of a run that trained the model itself.
         files: the small files of the model folder, config.json among them.
         target: the new folder.
 
@@ -27,13 +34,76 @@ def export(checkpoint: Path, files: dict[str, str], target: Path) -> None:
         UsageError: `target` exists.
         DataError: the checkpoint is damaged.
     """
+    _require_new(target)
+    spec = ModelSpec.from_dict(read_manifest(checkpoint).model)
+    tensors = _parameters(checkpoint)
+    _write_model(target, spec, tensors.items(), files)
+
+
+def export_adapter(checkpoint: Path, base: str, target: Path) -> None:
+    """Writes an adapter's folder, as `peft` reads it, whole or not at all.
+
+    Args:
+        checkpoint: a complete checkpoint of a run that trained an adapter.
+        base: the MODEL that it was trained for.
+        target: the new folder.
+
+    Raises:
+        UsageError: `target` exists, or the format cannot hold the adapter.
+        DataError: the checkpoint is damaged.
+    """
+    _require_new(target)
+    spec, peft, tensors = _adapter(checkpoint)
+    with new_folder(target) as folder:
+        write_adapter(folder, spec, peft, base, tensors)
+
+
+def export_merged(checkpoint: Path, base: Weights, files: dict[str, str], target: Path) -> None:
+    """Writes a model folder with an adapter merged into the weights, whole or not at all.
+
+    Args:
+        checkpoint: a complete checkpoint of a run that trained an adapter.
+        base: weights of the MODEL that it was trained for.
+        files: the small files of the model folder, config.json among them.
+        target: the new folder.
+
+    Raises:
+        UsageError: `target` exists, or an adapter that cannot be merged.
+        DataError: the checkpoint is damaged.
+    """
+    _require_new(target)
+    spec, peft, tensors = _adapter(checkpoint)
+    merged = MergedWeights(spec, peft, base, TensorWeights(tensors))
+    names = [name for name, _ in build(spec).named_parameters()]
+    _write_model(target, spec, ((name, merged.read(name)) for name in names), files)
+
+
+def peft_of(manifest: Manifest) -> PeftConfig:
+    """What a run of the checkpoint's added to its model."""
+    return Plan.from_dict(manifest.plan).peft
+
+
+def _require_new(target: Path) -> None:
     if target.exists():
         raise UsageError(f"{target} exists already", hint="export to a new folder")
-    spec = ModelSpec.from_dict(read_manifest(checkpoint).model)
-    dtype = stored_dtype(json.loads(files["config.json"]))
+
+
+def _adapter(checkpoint: Path) -> tuple[ModelSpec, PeftConfig, dict[str, Tensor]]:
+    """The model that was adapted, how, and the new parameters."""
+    manifest = read_manifest(checkpoint)
+    return ModelSpec.from_dict(manifest.model), peft_of(manifest), _parameters(checkpoint)
+
+
+def _parameters(checkpoint: Path) -> dict[str, Tensor]:
     tensors = load_whole(checkpoint, _PREFIX)
+    return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+
+
+def _write_model(
+    target: Path, spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], files: dict[str, str]
+) -> None:
+    dtype = stored_dtype(json.loads(files["config.json"]))
     with new_folder(target) as folder:
-        weights = ((name.removeprefix(_PREFIX), value) for name, value in tensors.items())
         write_weights(folder / WEIGHTS_FILE, spec, weights, dtype)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

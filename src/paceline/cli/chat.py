@@ -9,6 +9,7 @@ import typer
 
 from paceline.cli.options import Device, Dtype, PlanFile, Settings
 from paceline.cli.sampling import (
+    Adapter,
     MaxTokens,
     Seed,
     Stop,
@@ -40,6 +41,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Stop = None,
+    adapter: Adapter = None,
     plan_file: PlanFile = None,
     settings: Settings = None,
     dtype: Dtype = None,
@@ -47,7 +49,7 @@ def chat(
 ) -> None:
     """Talk to a model; /help inside lists what else it understands."""
     sampling = sampling_params(temperature, top_p, top_k, seed)
-    engine = load_engine(model, plan_file, settings, dtype, device)
+    engine = load_engine(model, adapter, plan_file, settings, dtype, device)
 
     from paceline.serve.request import Request
 

@@ -8,6 +8,7 @@ import typer
 
 from paceline.cli.options import Device, Dtype, Json, PlanFile, Settings, print_json
 from paceline.cli.sampling import (
+    Adapter,
     MaxTokens,
     Seed,
     Stop,
@@ -28,6 +29,7 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Stop = None,
+    adapter: Adapter = None,
     plan_file: PlanFile = None,
     settings: Settings = None,
     dtype: Dtype = None,
@@ -36,7 +38,7 @@ def generate(
 ) -> None:
     """Continue a prompt; the text goes to stdout as it comes."""
     sampling = sampling_params(temperature, top_p, top_k, seed)
-    engine = load_engine(model, plan_file, settings, dtype, device)
+    engine = load_engine(model, adapter, plan_file, settings, dtype, device)
 
     from paceline.serve.api.shapes import usage
     from paceline.serve.engine import join

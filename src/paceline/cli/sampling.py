@@ -19,6 +19,9 @@ Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.
 TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")]
 TopK = Annotated[int, typer.Option(help="Keep this many of the most likely tokens; 0: all.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Of the sampling; random unless given.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of an adapter for MODEL, as `peft` or we save it.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Repeatable.")]
 
 
@@ -44,12 +47,18 @@ def sampling_params(
 
 
 def load_engine(
-    model: str, plan_file: Path | None, settings: list[str] | None, dtype: str | None, device: str
+    model: str,
+    adapter: Path | None,
+    plan_file: Path | None,
+    settings: list[str] | None,
+    dtype: str | None,
+    device: str,
 ) -> Engine:
     """The engine that a command asks, its model loaded."""
     from rich.console import Console
     from rich.markup import escape
 
+    from paceline.models.adapters import resolve_adapted
     from paceline.serve.engine import Engine
 
     require_dtype(dtype)
@@ -57,4 +66,4 @@ def load_engine(
     if dtype:
         plan = plan.with_overrides([f'serve.dtype="{dtype}"'])
     with Console(stderr=True).status(f"loading {escape(model)}"):
-        return Engine.load(model, plan, device=device)
+        return Engine.load(resolve_adapted(model, adapter), plan, device=device)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli.options import Device, Dtype, PlanFile, Settings
-from paceline.cli.sampling import load_engine
+from paceline.cli.sampling import Adapter, load_engine
 
 
 def serve(
@@ -20,6 +20,7 @@ def serve(
         str | None, typer.Option(help="What clients call the model; MODEL unless given.")
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="One key on each line.")] = None,
+    adapter: Adapter = None,
     plan_file: PlanFile = None,
     settings: Settings = None,
     dtype: Dtype = None,
@@ -31,7 +32,7 @@ def serve(
 
     keys = ApiKeys.from_file(api_key_file)
     with listen(host, port, keys) as listener:
-        engine = load_engine(model, plan_file, settings, dtype, device)
+        engine = load_engine(model, adapter, plan_file, settings, dtype, device)
         name = served_model_name or model
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"serving {name} at {address}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
+from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
 from paceline.models.tied import TiedEmbedding
 from paceline.plan.model_spec import ModelSpec
@@ -69,12 +70,14 @@ class Decoder(nn.Module):
     Attributes:
         compute_dtype: dtype of activations; None is that of the embedding. Weights are cast to
             it as they are used, so it may differ from theirs.
+        prelude: virtual tokens before every document, or None.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
+        self.prelude: Prelude | None = None
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
             self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
@@ -83,6 +86,11 @@ class Decoder(nn.Module):
         if not spec.tied_embeddings:
             self.head = Linear(spec.d_model, spec.vocab_size, bias=False)
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of the prelude; so many positions of the context are taken."""
+        return 0 if self.prelude is None else self.prelude.num_tokens
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -90,6 +98,7 @@ class Decoder(nn.Module):
         *,
         attend: Attend = attend_within,
         last_only: bool = False,
+        is_begun: bool = False,
         head: Head = logits,
     ) -> Tensor:
         """Logits of the next token at every position, or what another head makes.
@@ -99,29 +108,32 @@ class Decoder(nn.Module):
             layout: where the tokens stand; by default every row is one document from position 0.
             attend: the core of attention.
             last_only: whether only the last position of each row is wanted.
+            is_begun: whether the tokens go on from others that `attend` has kept, the prelude's
+                among them; their positions then count the prelude's too.
             head: takes the last hidden states and the weight of the output head.
 
         Returns:
             What `head` returns: logits_BTV, or logits_B1V, in the compute dtype.
         """
-        layout = layout or Layout.whole_rows(tokens_BT)
+        place: Layout = layout or Layout.whole_rows(tokens_BT)
         tied = TiedEmbedding(self.embedding.weight) if self.spec.tied_embeddings else None
-        x_BTD = tied.embed(tokens_BT) if tied else self.embedding(tokens_BT)
-        x_BTD = self._placed(x_BTD, layout)
-        angles = self._angles(layout, x_BTD.dtype)
+        x_BTD = self._scaled(tied.embed(tokens_BT) if tied else self.embedding(tokens_BT))
+        if self.prelude is not None and not is_begun:
+            x_BTD, place, attend = self.prelude(x_BTD, place, attend)
+        if self.spec.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding(place.positions_BT).to(x_BTD.dtype)
+        angles = self._angles(place, x_BTD.dtype)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, layout, angles[self.spec.window_of(layer) is not None], attend)
-        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+            x_BTD = block(x_BTD, place, angles[self.spec.window_of(layer) is not None], attend)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :])
         return head(x_BTD, tied.head() if tied else self.head.weight)
 
-    def _placed(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        """Embeddings as the first block takes them."""
+    def _scaled(self, x_BTD: Tensor) -> Tensor:
+        """Embeddings in the compute dtype, as the first block takes them."""
         x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
         if self.spec.embedding_scale != 1.0:
             # The scale itself is rounded to the compute dtype, as it was in training.
             x_BTD = x_BTD * torch.tensor(self.spec.embedding_scale, dtype=x_BTD.dtype)
-        if self.spec.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding(layout.positions_BT).to(x_BTD.dtype)
         return x_BTD
 
     def _angles(

@@ -25,6 +25,7 @@ from paceline.core.files import new_folder, sha256
 from paceline.models import gguf, repository
 from paceline.models.families import family
 from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec, read_text
+from paceline.models.peft.files import Adapter, is_adapter
 from paceline.models.tokenizer import Tokenizer, byte_tokenizer, read_tokenizer, tokenizer_files
 from paceline.models.weights import RandomWeights, Weights
 from paceline.plan.model_spec import ModelSpec
@@ -81,6 +82,7 @@ class ModelSource:
         weights: reads its parameters.
         tokenizer: its tokenizer.
         files: the small files of its folder, name to text; with weights they are the model.
+        adapter: what is added to it, if anything (`paceline.models.adapters`).
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelSource:
     weights: Weights
     tokenizer: Tokenizer
     files: dict[str, str]
+    adapter: Adapter | None = None
 
 
 def resolve(model: str, *, seed: int = 0) -> ModelSource:
@@ -114,6 +117,9 @@ def locate(model: str) -> Path:
     if path.suffix == ".gguf":
         return _converted(path)
     if path.is_dir():
+        if is_adapter(path):
+            hint = "generate, chat and serve take it; checkpoint export --merge makes a model of it"
+            raise UsageError(f"{path} is an adapter, which is no model by itself", hint=hint)
         return path
     if repository.is_repository(model):
         return repository.download(model)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 PADDING = -1
 """Document number of padding tokens."""
+SHARED = -2
+"""Document number of tokens that all documents of a row see."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,14 @@ class Layout:
     Attributes:
         positions_BT: place of each token in its document, from 0; rotary angles follow from it.
         documents_BT: number of each token's document, `PADDING` for padding, or None where every
-            row is one document. A token attends to earlier tokens of its own document only.
+            row is one document. A token attends to earlier tokens of its own document, and to the
+            shared ones.
+        num_shared: tokens at the front of each row that all of its documents see.
     """
 
     positions_BT: Tensor
     documents_BT: Tensor | None = None
+    num_shared: int = 0
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -47,6 +52,17 @@ class Layout:
         start_BT = torch.where(starts_BT, index_BT, 0).cummax(dim=1).values
         return cls(index_BT - start_BT, documents_BT)
 
+    def behind(self, num_shared: int) -> Layout:
+        """The layout after shared tokens, which are put before every row."""
+        front_P = torch.arange(num_shared, device=self.positions_BT.device)
+        front_BP = front_P.expand(self.positions_BT.shape[0], num_shared)
+        positions_BT = torch.cat([front_BP, self.positions_BT + num_shared], dim=1)
+        if self.documents_BT is None:
+            return Layout(positions_BT, None, num_shared)
+        front_BP = self.documents_BT.new_full((len(self.documents_BT), num_shared), SHARED)
+        documents_BT = torch.cat([front_BP, self.documents_BT], dim=1)
+        return Layout(positions_BT, documents_BT, num_shared)
+
     def mask_B1TT(self, window: int | None = None) -> Tensor | None:
         """True where a query may see a key, or None where the plain causal mask will do.
 
@@ -62,10 +78,22 @@ class Layout:
         if self.documents_BT is None and is_wide:
             return None
         device = self.positions_BT.device
-        seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        if window is not None and not is_wide:
-            seen_TT = seen_TT.triu(1 - window)
+        before_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        seen_TT = before_TT if window is None or is_wide else before_TT.triu(1 - window)
         if self.documents_BT is None:
             return seen_TT[None, None]
         same_BTT = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
-        return (same_BTT & seen_TT)[:, None]
+        if self.num_shared == 0:
+            return (same_BTT & seen_TT)[:, None]
+        return (self._shared_BTT(same_BTT, window) & before_TT)[:, None]
+
+    def _shared_BTT(self, same_BTT: Tensor, window: int | None) -> Tensor:
+        """Pairs of one document, or of a query and a shared key, as near as a window demands.
+
+        Shared tokens are as far from a token as their positions say, whatever lies between.
+        """
+        same_BTT[:, :, : self.num_shared] = True
+        if window is None:
+            return same_BTT
+        apart_BTT = self.positions_BT[:, :, None] - self.positions_BT[:, None, :]
+        return same_BTT & (apart_BTT < window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,20 @@ class Weights(Protocol):
     def read(self, name: str) -> Tensor:
         """The whole parameter, on the CPU, in the dtype that it is kept in."""
         ...
+
+
+class TensorWeights:
+    """Weights that are in memory.
+
+    Args:
+        tensors: name to the whole parameter.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 class RandomWeights:

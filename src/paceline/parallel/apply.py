@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
+peft -> freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
 from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
+from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
@@ -28,28 +29,41 @@ class ParallelModel:
     Attributes:
         module: this rank's part; call it as the plain model.
         data: how data ranks share its state.
+        added: names of the parameters that fine-tuning has added, if it has: the only ones that
+            are trained and saved.
     """
 
     module: Decoder
     data: DataParallel
+    added: frozenset[str] = frozenset()
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
 
 
-def apply(spec: ModelSpec, weights: Weights, plan: Plan, world: World) -> ParallelModel:
+def apply(
+    spec: ModelSpec, weights: Weights, plan: Plan, world: World, *, added: Weights | None = None
+) -> ParallelModel:
     """Builds a model on this rank as the plan says, with its weights.
 
+    Args:
+        spec: sizes of the model.
+        weights: of the model.
+        plan: how.
+        world: the ranks.
+        added: values of what fine-tuning adds; absent: its method's start values.
+
     Raises:
-        ConfigError: a freeze pattern that matches nothing.
+        ConfigError: a pattern that matches nothing.
     """
     model = build(spec, choose_dtype(plan.precision.params, world.device))
     model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
+    attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
     freeze(model, plan.train.freeze)
     data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
     data.wrap(model)
-    fill(model, weights, world.device, put=data.put)
-    return ParallelModel(model, data)
+    fill(model, attached.weights, world.device, put=data.put)
+    return ParallelModel(model, data, attached.added)
 
 
 def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from paceline.core.config import Config
 from paceline.core.errors import ConfigError, Problem, name_hint
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import Plan
+from paceline.plan.plan import PeftConfig, Plan
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.pp": (1,),
@@ -38,12 +38,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "peft.method": ("none",),
-    "peft.targets": ((),),
-    "peft.rank": (8,),
-    "peft.alpha": (16.0,),
-    "peft.virtual_tokens": (16,),
-    "peft.width": (64,),
     "checkpoint.overhead_share": (0.02,),
     "checkpoint.levels": (("disk",),),
     "resilience.on_failure": ("stop",),
@@ -61,9 +55,19 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
 
 NAMED: dict[str, str] = {
     "optimizer.name": "paceline.optim:OPTIMIZERS",
+    "peft.method": "paceline.models.peft:PEFT",
     "serve.policy": "paceline.serve.schedule:POLICIES",
 }
 """Key to the name table of its family, imported when a plan is checked."""
+
+PEFT_KEYS: dict[str, tuple[str, ...]] = {
+    "targets": ("lora", "dora", "ia3", "bottleneck"),
+    "rank": ("lora", "dora"),
+    "alpha": ("lora", "dora"),
+    "virtual_tokens": ("prefix", "prompt"),
+    "width": ("bottleneck",),
+}
+"""Key of ``[peft]`` to the methods that read it."""
 
 POSITIVE = (
     *(f"mesh.{axis}" for axis in (*AXES, "ep")),
@@ -72,6 +76,10 @@ POSITIVE = (
     "train.microbatch_tokens",
     "train.eval_interval_steps",
     "train.eval_tokens",
+    "peft.rank",
+    "peft.alpha",
+    "peft.virtual_tokens",
+    "peft.width",
     "optimizer.lr",
     "optimizer.eps",
     "serve.max_batch_tokens",
@@ -208,11 +216,33 @@ def _one_float64(known: Known) -> Iterator[Problem]:
 
 
 def _context_fits(known: Known) -> Iterator[Problem]:
-    length = known.plan.train.sequence_length
-    if known.spec is not None and length > known.spec.max_positions:
-        rule = f"exceeds the model's context of {known.spec.max_positions} tokens"
+    if known.spec is None:
+        return
+    virtual, limit = known.plan.peft.num_virtual_tokens, known.spec.max_positions
+    if known.plan.train.sequence_length + virtual > limit:
+        behind = f", behind {virtual} virtual tokens," if virtual else ""
+        rule = f"exceeds{behind} the model's context of {limit} tokens"
         yield _problem(known, "train.sequence_length", rule)
 
 
+def _peft_alone(known: Known) -> Iterator[Problem]:
+    """Fine-tuning freezes the model itself, and its options belong to methods."""
+    peft, unset = known.plan.peft, PeftConfig()
+    if peft.method != "none" and known.plan.train.freeze:
+        rule = f"does not go with peft.method = {peft.method}, which freezes the whole model"
+        yield _problem(known, "train.freeze", rule, "leave it out; peft.targets chooses layers")
+    for key, methods in PEFT_KEYS.items():
+        if peft.method not in methods and getattr(peft, key) != getattr(unset, key):
+            rule = f"is not read by peft.method = {peft.method}"
+            yield _problem(known, f"peft.{key}", rule, f"it is for {', '.join(methods)}")
+
+
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
-RULES: tuple[Rule, ...] = (_ranks, _whole_batches, _zero_needs_shards, _one_float64, _context_fits)
+RULES: tuple[Rule, ...] = (
+    _ranks,
+    _whole_batches,
+    _zero_needs_shards,
+    _one_float64,
+    _context_fits,
+    _peft_alone,
+)

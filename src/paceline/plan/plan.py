@@ -158,6 +158,11 @@ class PeftConfig(Config):
     virtual_tokens: int = 16
     width: int = 64
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that the method puts before every document."""
+        return self.virtual_tokens if self.method in ("prefix", "prompt") else 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig(Config):

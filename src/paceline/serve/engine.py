@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paceline.core.clock import Clock, WallClock
 from paceline.core.errors import PacelineError
 from paceline.kernels.device import choose_device, choose_dtype
+from paceline.models.adapters import adapt, resolve_adapted
 from paceline.models.fuse import fuse
-from paceline.models.hub import ModelSource, resolve
+from paceline.models.hub import ModelSource
 from paceline.models.tokenizer import Tokenizer
 from paceline.models.weights import build, fill
 from paceline.plan import check
@@ -51,7 +52,7 @@ class Engine:
         executor: computes steps.
         policy: decides them.
         budget: what a step may hold.
-        spec: sizes of the model.
+        spec: sizes of the model; the context is what virtual tokens leave of it.
         tokenizer: of the model.
         clock: what time is read from.
     """
@@ -88,17 +89,18 @@ class Engine:
             UsageError: no such model.
         """
         plan = plan or Plan()
-        source = resolve(model) if isinstance(model, str) else model
+        source = resolve_adapted(model) if isinstance(model, str) else model
         check.require(plan, source.spec)
         where = choose_device(device)
         decoder = build(source.spec, choose_dtype(plan.serve.dtype, where))
-        fill(decoder, source.weights, where)
+        fill(decoder, adapt(decoder, source), where)
         fuse(decoder)
+        room = source.spec.max_positions - decoder.num_virtual_tokens
         return cls(
             LocalExecutor(decoder),
             POLICIES.load(plan.serve.policy),
             Budget(plan.serve.max_batch_tokens, plan.serve.max_sequences),
-            source.spec,
+            replace(source.spec, max_positions=room),
             source.tokenizer,
         )
 

@@ -25,9 +25,14 @@ class State:
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, sharing memory with the live state."""
+        """Everything by name, sharing memory with the live state.
+
+        Where fine-tuning has added parameters, these alone: the model's own are as MODEL has them.
+        """
         named: dict[str, Tensor] = {}
         for name, parameter in self.model.module.named_parameters():
+            if self.model.added and name not in self.model.added:
+                continue
             named[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 named[f"optimizer.{name}.{key}"] = value

@@ -23,6 +23,7 @@ from paceline.data.store import TokenStore
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS
+from paceline.models.peft.attach import attach
 from paceline.models.weights import RandomWeights, Weights, build, fill
 from paceline.optim import OPTIMIZERS
 from paceline.optim.schedule import learning_rate
@@ -42,6 +43,7 @@ _NUM_STEPS = 2
 _CLIP_NORM = 0.1
 _ADAM_EPS = 1e-4  # a smaller one amplifies rounding where gradients vanish
 _MAX_LENGTH = 33
+_DISTURBANCE = 0.1
 _NUM_MICROBATCHES = 3
 _MAX_MICROBATCH_SEQUENCES = 2
 
@@ -137,7 +139,8 @@ def certify(
 def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
     """The plan in float64, small, with the hard cases in play."""
     shape = batch_shape(plan)
-    length = min(plan.train.sequence_length, _MAX_LENGTH, spec.max_positions)
+    room = spec.max_positions - plan.peft.num_virtual_tokens
+    length = min(plan.train.sequence_length, _MAX_LENGTH, room)
     num_microbatches = plan.pipeline.num_microbatches or _NUM_MICROBATCHES
     sequences = num_microbatches * min(shape.microbatch_sequences, _MAX_MICROBATCH_SEQUENCES)
     return replace(
@@ -149,12 +152,30 @@ def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
             sequence_length=length,
             tokens_per_step=length * sequences * shape.num_data_ranks,
             pack=pack,
-            freeze=plan.train.freeze or ("blocks.0.ffn.*",),
+            freeze=plan.train.freeze or _usual_freeze(plan),
         ),
         optimizer=replace(
             plan.optimizer, name=optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
         ),
     )
+
+
+def _usual_freeze(plan: Plan) -> tuple[str, ...]:
+    return ("blocks.0.ffn.*",) if plan.peft.method == "none" else ()
+
+
+class _Disturbed:
+    """What fine-tuning adds, away from its start values, at which many gradients are zero."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec, weights: Weights) -> None:
+        model = build(spec)
+        self._start = attach(model, plan.peft, weights, seed=plan.train.seed).weights
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        draws = rng.normal(shape.numel(), seed=0, purpose="verify adapter", stream=name)
+        return self._start.read(name) + _DISTURBANCE * torch.from_numpy(draws).view(shape)
 
 
 def _certify_case(case: str, plan: Plan, spec: ModelSpec, weights: Weights) -> _Errors:
@@ -180,7 +201,9 @@ def _oracle_steps(
 ) -> list[OracleStep]:
     alone = replace(plan, mesh=MeshConfig(), zero=ZeroConfig())
     model = build(spec, torch.float64)
-    fill(model, weights, torch.device("cpu"))
+    added = _Disturbed(plan, spec, weights)
+    attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
+    fill(model, attached.weights, torch.device("cpu"))
     freeze(model, plan.train.freeze)
     return run_oracle(model, Loader(store, alone, end_token=0), plan, _NUM_STEPS)
 
@@ -195,7 +218,7 @@ def _compare(
     expected: list[OracleStep],
 ) -> _Errors:
     """Trains on this rank and compares everything that it can see."""
-    model = apply(spec, weights, plan, world)
+    model = apply(spec, weights, plan, world, added=_Disturbed(plan, spec, weights))
     state = State(model, OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer))
     loader = Loader(store, plan, end_token=0)
     errors = _Errors({}, {}, 0.0, (0.0, "none"))

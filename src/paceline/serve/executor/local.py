@@ -8,8 +8,8 @@ import torch
 
 from paceline.decode.cache import ContiguousCache
 from paceline.decode.sampler import sample
+from paceline.decode.step import extend, num_own_tokens
 from paceline.models.decoder import Decoder
-from paceline.models.layout import Layout
 from paceline.serve.executor.base import StepResult, Work
 
 
@@ -39,14 +39,9 @@ class LocalExecutor:
         if cache is None:
             cache = ContiguousCache(self._model.spec, self._dtype, self._device)
             self._caches[work.request_id] = cache
-        assert cache.num_tokens == work.start, "the cache and the request disagree"
-        num_tokens = len(work.tokens)
-        tokens_1T = torch.tensor([work.tokens], device=self._device)
-        positions_T = torch.arange(work.start, work.start + num_tokens, device=self._device)
-        logits_11V = self._model(
-            tokens_1T, Layout(positions_T[None]), attend=cache.attend, last_only=True
-        )
-        cache.commit(num_tokens)
+        num_before = num_own_tokens(self._model, cache)
+        assert num_before == work.start, "the cache and the request disagree"
+        logits_11V = extend(self._model, torch.tensor([work.tokens], device=self._device), cache)
         if work.sampling is None:
             return None
-        return sample(logits_11V[0, 0], work.sampling, work.start + num_tokens)
+        return sample(logits_11V[0, 0], work.sampling, work.start + len(work.tokens))
