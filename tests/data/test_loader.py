@@ -196,6 +196,15 @@ def test_every_source_of_a_mixture_runs_through_epochs_of_its_own():
         assert epochs[0] != epochs[1]
 
 
+def test_sources_of_one_size_have_orders_of_their_own():
+    sources = [examples("a", 1000, 12, 1.0), examples("b", 2000, 12, 1.0)]
+    loader = mixture_loader(sources=sources)
+    order = [d for step in range(1, 11) for d in documents_of_step(loader, step)]
+    orders = [[d % 1000 for d in order if d // 1000 == number] for number in (1, 2)]
+    epochs = {tuple(own[i : i + 12]) for own in orders for i in range(0, 60, 12)}
+    assert len(epochs) == 10
+
+
 def test_weights_are_shares_of_rows():
     order = [d // 1000 for step in range(1, 41) for d in documents_of_step(mixture_loader(), step)]
     for start in range(0, len(order), 10):

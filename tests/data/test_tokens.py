@@ -127,6 +127,16 @@ def test_examples_are_stored_with_their_answers_and_apart_from_text(tmp_path, ca
     assert examples.labels(1, len(whole))[1].all()
 
 
+def test_what_starts_a_completion_is_no_part_of_the_answer(tmp_path, cache):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "", "completion": "x"}\n')
+    encoder = CountingEncoder()
+    encoder.start_ids = (300,)
+    tokens, has_loss = tokens_of(path, cache, encoder).labels(0, 3)
+    assert tokens.tolist() == [300, ord("x"), END]
+    assert has_loss.tolist() == [False, True, True]
+
+
 def test_text_is_tokenised_once(source, cache):
     encoder = CountingEncoder()
     first = source_of(source, cache, encoder)
@@ -167,6 +177,17 @@ def test_the_identity_is_of_the_tokens_and_of_no_path(source, cache, tmp_path):
         copy.write_text(content)
         found.add(source_of(copy, cache).identity)
     assert len(found) == 5
+
+
+def test_the_identity_knows_where_documents_end(tmp_path, cache):
+    """The same tokens: once an end that the text spells, once the end of a document."""
+    tokenizer = byte_tokenizer()
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text('{"text": "a<|endoftext|>b"}\n')
+    two.write_text('{"text": "a"}\n{"text": "b"}\n')
+    sources = [source_of(path, cache, tokenizer) for path in (one, two)]
+    assert everything(sources[0].stores[0]) == everything(sources[1].stores[0])
+    assert sources[0].identity != sources[1].identity
 
 
 def test_text_larger_than_a_batch_is_all_there(tmp_path, cache):

@@ -105,7 +105,7 @@ class PackedRows:
     """Rows cut from the documents laid end to end; what is left at the end is dropped.
 
     Args:
-        store: the tokens.
+        store: the tokens of texts, all of which have a loss.
         length: tokens of a row.
     """
 
@@ -119,11 +119,11 @@ class PackedRows:
     def __getitem__(self, index: int) -> Row:
         start = index * self._length
         end = start + self._length + 1
-        window, has_loss = self._store.labels(start, end)
+        window = self._store.tokens[start:end].astype(np.int64)
         documents = np.searchsorted(self._store.ends, np.arange(start, end), side="right")
         documents -= documents[0]
-        is_label = has_loss[1:] & (documents[1:] == documents[:-1])
-        return Row(window[:-1], np.where(is_label, window[1:], IGNORED), documents[:-1])
+        labels = np.where(documents[1:] == documents[:-1], window[1:], IGNORED)
+        return Row(window[:-1], labels, documents[:-1])
 
 
 class DocumentRows:
