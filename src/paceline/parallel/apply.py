@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> data (later: pp, tp and ep, cp, remat, compile before it) -> memory and weights
+peft -> freeze -> (later: pp, tp and ep, cp, remat) -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from paceline.core.errors import ConfigError, Problem
@@ -60,10 +61,20 @@ def apply(
     model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
     attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
     freeze(model, plan.train.freeze)
+    if is_compiled(plan, world.device):
+        for block in model.blocks:
+            block.compile()
     data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
     data.wrap(model)
     fill(model, attached.weights, world.device, put=data.put)
     return ParallelModel(model, data, attached.added)
+
+
+def is_compiled(plan: Plan, device: torch.device) -> bool:
+    """Whether blocks are compiled on a device; for float64, which proves plans, only when told."""
+    if plan.train.compile != "auto":
+        return plan.train.compile == "on"
+    return device.type == "cuda" and plan.precision.compute != "float64"
 
 
 def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:

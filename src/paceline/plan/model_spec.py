@@ -215,9 +215,15 @@ class ModelSpec(Config):
         recomputed = {"none": 0.0, "selective": attention, "full": forward}[remat]
         return 2.0 * forward + recomputed
 
-    def model_flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward without recomputation: the numerator of MFU."""
-        return 3.0 * self.forward_flops_per_token(sequence_length)
+    def model_flops_per_token(self, sequence_length: int, *, trains_weights: bool = True) -> float:
+        """Forward and backward without recomputation: the numerator of MFU.
+
+        Args:
+            sequence_length: tokens of a sequence.
+            trains_weights: whether weights have gradients, which cost a forward, as inputs' do.
+        """
+        passes = 3.0 if trains_weights else 2.0
+        return passes * self.forward_flops_per_token(sequence_length)
 
     # Bytes
 

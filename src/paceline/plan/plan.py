@@ -124,6 +124,8 @@ class TrainConfig(Config):
             is before the first step, the last after the last.
         eval_tokens: upper bound on the tokens of one evaluation (but at least one sequence); the
             same ones every time, whatever the layout.
+        compile: whether blocks are compiled, which fuses their element-wise operations: ``auto``
+            does so on a GPU. On a CPU it takes half a minute to begin with and gains little.
     """
 
     sequence_length: int = 512
@@ -136,6 +138,7 @@ class TrainConfig(Config):
     long_documents: Literal["auto", "split", "drop", "refuse"] = "auto"
     eval_interval_steps: int = 100
     eval_tokens: int = 16384
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -127,7 +127,9 @@ class Trainer:
 
     def _observe(self, result: StepResult, rate: float, time_s: float) -> StepRecord:
         tokens = self.plan.train.tokens_per_step
-        flops = tokens * self.source.spec.model_flops_per_token(self.plan.train.sequence_length)
+        flops = tokens * self.source.spec.model_flops_per_token(
+            self.plan.train.sequence_length, trains_weights=not self.state.model.added
+        )
         flops_per_s = flops / self.world.mesh.num_ranks / time_s
         record = StepRecord(
             step=self.state.step,
