@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paceline.cli.main import main
-from paceline.kernels import machine
+from paceline.kernels import machine, native
 
 pytestmark = pytest.mark.cpu
 
@@ -32,6 +32,7 @@ def test_a_machine_that_is_well(monkeypatch, capsys, tmp_path):
     assert 0 < found["devices"][0]["cores"] <= os.cpu_count()
     assert len(found["devices"]) == 1 + torch.cuda.device_count()
     assert found["backends"] == machine.backends()
+    assert found["compiler"] == native.compiler()
     assert "gloo" in found["backends"]
     assert {"parquet", "report", "dev"} <= found["extras"].keys()
     assert found["extras"]["report"]["install"] == "pip install 'paceline[report]'"

@@ -15,15 +15,17 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PROMISED = {
     "fetch": "NAME --json",
-    "train": "MODEL --data --plan --steps --out --nproc --resume --set --dtype --device --json",
+    "doctor": "--json",
+    "report": "RUN_DIR -o --tensorboard --json",
+    "train": "MODEL --data --eval-data --plan --steps --out --nproc --resume --set --dtype --json",
     "verify": "--plan --model --json",
-    "generate": "MODEL --prompt --max-tokens --temperature --top-p --top-k --seed --stop --plan",
+    "generate": "MODEL --prompt --max-tokens --temperature --top-p --top-k --seed --stop --adapter",
     "chat": "MODEL --max-tokens --temperature --top-p --top-k --seed --stop",
     "serve": "MODEL --host --port --served-model-name --api-key-file --plan",
     "check": "PLAN --model --json",
     "checkpoint inspect": "DIR",
     "checkpoint verify": "DIR",
-    "checkpoint export": "DIR -o",
+    "checkpoint export": "DIR -o --merge",
     "bench": "NAME --against",
 }
 PLAN_KEYS = """
@@ -36,7 +38,8 @@ expert: dispatch balance_loss_weight
 memory: remat
 precision: params compute reduce
 replicas: method
-train: sequence_length tokens_per_step seed pack
+train: sequence_length tokens_per_step seed pack answers_only long_documents
+peft: method targets rank alpha virtual_tokens width
 optimizer: name lr betas eps weight_decay clip_norm
 optimizer.schedule: kind warmup_steps final_fraction
 checkpoint: interval_steps keep levels

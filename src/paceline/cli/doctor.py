@@ -54,8 +54,8 @@ def examine() -> dict[str, Any]:
             }
     except metadata.PackageNotFoundError:
         problems.append("paceline is on the path but not installed: pip install paceline")
-    devices, backends = _torch_sees(problems)
-    if devices and not backends:
+    seen = _torch_sees(problems)
+    if seen["devices"] and not seen["backends"]:
         problems.append("torch has no process-group backend: plans of several ranks cannot run")
     cache = _cache()
     if not cache["writable"]:
@@ -63,8 +63,7 @@ def examine() -> dict[str, Any]:
     return {
         "paceline": paceline.__version__,
         "platform": platform.platform(),
-        "devices": devices,
-        "backends": backends,
+        **seen,
         "versions": versions,
         "extras": extras,
         "cache": cache,
@@ -73,17 +72,23 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _torch_sees(problems: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Devices and backends; a torch that cannot be imported is a problem, not a crash."""
+def _torch_sees(problems: list[str]) -> dict[str, Any]:
+    """Devices, backends and the compiler of kernels; a torch that cannot be imported is a problem,
+    not a crash.
+    """
     from dataclasses import asdict
 
     try:
-        from paceline.kernels import machine
+        from paceline.kernels import machine, native
 
-        return [asdict(device) for device in machine.devices()], machine.backends()
+        return {
+            "devices": [asdict(device) for device in machine.devices()],
+            "backends": machine.backends(),
+            "compiler": native.compiler(),
+        }
     except (ImportError, OSError) as error:
         problems.append(f"torch cannot be imported: {error}")
-        return [], []
+        return {"devices": [], "backends": [], "compiler": None}
 
 
 def _cache() -> dict[str, Any]:
@@ -124,6 +129,10 @@ def _show(found: Mapping[str, Any]) -> None:
         "",
         rows=[
             ("ranks talk through", ", ".join(found["backends"]) or "nothing"),
+            (
+                "CPU kernels built by",
+                found["compiler"] or "nothing: decoding is slower (install cc)",
+            ),
             ("cache", f"{cache['path']} ({room})"),
             ("models in it", ", ".join(cache["models"]) or "none"),
             ("fetches with", ", ".join(f"{n} {v or 'missing'}" for n, v in clients.items())),

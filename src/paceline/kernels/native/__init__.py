@@ -97,6 +97,11 @@ def kernels() -> Kernels | None:
     return found
 
 
+def compiler() -> str | None:
+    """The machine's C compiler, if it has one."""
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+
+
 def _library() -> Path:
     """The built library, from the cache if it is there.
 
@@ -104,20 +109,20 @@ def _library() -> Path:
         OSError: no compiler, or no place for the library.
         SubprocessError: the compiler fails.
     """
-    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise OSError(f"no C compiler ({', '.join(_COMPILERS)}) is installed")
-    path = cache_folder() / "kernels" / f"decode-{_identity(compiler)}.so"
+    path = cache_folder() / "kernels" / f"decode-{_identity(found)}.so"
     if not path.exists():
         with new_file(path) as temporary:
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary), "-lm"]
+            command = [found, *_FLAGS, str(_SOURCE), "-o", str(temporary), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
     return path
 
 
-def _identity(compiler: str) -> str:
+def _identity(path: str) -> str:
     """What the library depends on: its source, the compiler, and the CPU that it is built for."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
+    version = subprocess.run([path, "--version"], capture_output=True, check=True, timeout=60)
     parts = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version.stdout, _cpu().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
