@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from paceline.cli import (
 from paceline.core.errors import PacelineError
 
 _USAGE, _INTERRUPTED = 2, 130
+_is_interrupted = threading.Event()
 
 # typer carries its own copy of click, in which the base of usage errors has no public name.
 _CommandLineError: type[Exception] = next(
@@ -80,6 +82,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(exit_code)
     except PacelineError as error:
+        _fail_if_interrupted()
         fail(error.message, error.hint, error.exit_code)
     except _CommandLineError as error:
         known = {command.name for command in typer.main.get_group(app).commands.values()}
@@ -88,10 +91,20 @@ def main() -> None:
         fail(error.format_message(), hint, _USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", "", _INTERRUPTED)
+    except Exception:
+        _fail_if_interrupted()
+        raise
+
+
+def _fail_if_interrupted() -> None:
+    """What an interrupt has broken off may fail in words of its own, as torch's writer does."""
+    if _is_interrupted.is_set():
+        fail("interrupted", "", _INTERRUPTED)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, but ends at once inside an import: torch's swallow it at times."""
+    _is_interrupted.set()
     outer = frame
     while outer is not None:
         if outer.f_code.co_filename.startswith("<frozen importlib"):
