@@ -84,3 +84,12 @@ def test_a_near_miss_is_answered_with_the_name(assignment, hint):
     (problem,) = caught.value.problems
     assert assignment.startswith(problem.path)
     assert problem.hint == hint
+
+
+def test_a_table_may_be_given_as_plain_data():
+    outer = Plan(mesh={"dp_shard": 2}, optimizer={"lr": 1.0, "schedule": {"kind": "linear"}})
+    assert outer == Plan.from_dict(outer.to_dict())
+    assert outer.mesh.dp_shard == 2
+    assert outer.optimizer.schedule.kind == "linear"
+    with pytest.raises(ConfigError, match=r"1 problem in mesh:\ndp_shards = 2: unknown key"):
+        Plan(mesh={"dp_shards": 2})

@@ -24,7 +24,19 @@ C = TypeVar("C", bound="Config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Base of all configs."""
+    """Base of all configs.
+
+    A field that is a config may be given as plain data: ``Plan(mesh={"dp_shard": 2})``.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                table = _config_in(get_type_hints(type(self))[field.name])
+                if table is not None:
+                    data = cast("Mapping[str, Any]", value)
+                    object.__setattr__(self, field.name, table.from_dict(data, source=field.name))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "") -> Self:
@@ -134,10 +146,10 @@ def _parse_table(
 
 
 def _parse_value(hint: Any, value: Any, path: str, problems: list[Problem]) -> Any:
-    tables = [m for m in _members(hint) if isinstance(m, type) and issubclass(m, Config)]
-    if tables and not (value is None and _matches(hint, None)):
+    table = _config_in(hint)
+    if table is not None and not (value is None and _matches(hint, None)):
         if isinstance(value, Mapping):
-            return _parse_table(tables[0], cast("Mapping[str, Any]", value), path, problems)
+            return _parse_table(table, cast("Mapping[str, Any]", value), path, problems)
         problems.append(Problem(path, _show(value), "must be a table"))
         return None
     if _matches(hint, value):
@@ -147,6 +159,12 @@ def _parse_value(hint: Any, value: Any, path: str, problems: list[Problem]) -> A
     near = name_hint(value, choices) if isinstance(value, str) and choices else ""
     problems.append(Problem(path, _show(value), rule, near))
     return None
+
+
+def _config_in(hint: Any) -> type[Config] | None:
+    """The config that a field holds, if it holds one."""
+    found = (m for m in _members(hint) if isinstance(m, type) and issubclass(m, Config))
+    return next(found, None)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
