@@ -34,6 +34,7 @@ def run(
     """Tokens per second of both sides, the prompt's computation included."""
     if against != "transformers":
         raise UnknownNameError("peer", against, ["transformers"])
+    hub.locate(model)  # the peer reads folders alone
     dtype = str(choose_dtype(dtype, choose_device("cpu"))).removeprefix("torch.")
     plan = Plan().with_overrides([f'serve.dtype="{dtype}"'])
     engine = Engine.load(model, plan, device="cpu")

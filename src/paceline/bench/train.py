@@ -54,6 +54,7 @@ def run(
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "dev") from error
+    hub.locate(model)  # the peer reads folders alone; here, and not in two processes
     device = choose_device("cpu")
     compute = choose_dtype(dtype, device)
     name = str(compute).removeprefix("torch.")
