@@ -57,7 +57,7 @@ def train(
 
     if is_launched():
         follow_launcher()  # before the imports below, which take seconds
-    from paceline.kernels.device import choose_device
+    from paceline.kernels.device import choose_device, keep_freed_memory
     from paceline.models.hub import resolve
     from paceline.plan.check import require
     from paceline.train.inputs import open_inputs, require_sources
@@ -81,6 +81,7 @@ def train(
         open_inputs(job.config, job.plan, source)
         launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
         return
+    keep_freed_memory()  # this process is the run's alone
     record = run_job(job, source, device)
     if as_json and record is not None:
         print_json(record.to_dict())

@@ -10,7 +10,7 @@ from paceline.core.env import rank_environment
 from paceline.core.errors import UsageError
 from paceline.data.sources import parse_source
 from paceline.dist.world import open_world
-from paceline.kernels.device import choose_device, keep_freed_memory
+from paceline.kernels.device import choose_device
 from paceline.models.hub import KNOWN, ModelSource
 from paceline.plan.plan import Plan
 from paceline.train.records import EvalRecord, FinalRecord, StepRecord
@@ -84,7 +84,6 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     """
     environment = rank_environment()
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
-    keep_freed_memory()
     with open_world(job.plan.mesh, device) as world:
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
         if job.checkpoint is None and world.is_first:  # not before the data has been found sound
