@@ -1,14 +1,18 @@
-"""The server's address: taken at once, and not for strangers without keys."""
+"""The server: its address, taken at once and not for strangers without keys, and its engine."""
 
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
+from engines import GREEDY, Scripted, encode, scripted_engine
 
 from paceline.core.errors import PacelineError, UsageError
 from paceline.serve.api.keys import ApiKeys
-from paceline.serve.api.server import listen
+from paceline.serve.api.server import EngineThread, listen
+from paceline.serve.engine import Engine
+from paceline.serve.request import Request
 
 pytestmark = pytest.mark.cpu
 
@@ -59,3 +63,46 @@ def test_a_port_that_another_program_has():
 def test_addresses_that_cannot_be(host):
     with pytest.raises(PacelineError, match=f"cannot listen on {host} port 0: "):
         listen(host, 0, CLOSED)
+
+
+# The engine's thread
+
+
+def test_an_engine_is_loaded_where_it_computes():
+    names: set[str] = set()
+
+    class Noting(Scripted):
+        def run(self, step):
+            names.add(threading.current_thread().name)
+            return super().run(step)
+
+    def load() -> Engine:
+        names.add(threading.current_thread().name)
+        return scripted_engine(Noting("an answer"))
+
+    thread = EngineThread(load)
+    ended = threading.Event()
+    request = Request(prompt_ids=encode("hi"), sampling=GREEDY, max_tokens=3)
+    thread.engine.submit(request, lambda delta: ended.set() if delta.finish_reason else None)
+    assert ended.wait(10)
+    thread.stop()
+    assert names == {"engine"}
+    assert not thread.engine.is_healthy
+
+
+def test_what_loading_raises_reaches_who_asked():
+    def load() -> Engine:
+        raise UsageError("no such model")
+
+    with pytest.raises(UsageError, match="no such model"):
+        EngineThread(load)
+
+
+def test_an_engine_that_fails_ends_its_thread_alone():
+    thread = EngineThread(lambda: scripted_engine(Scripted(fail_at=1)))
+    ended = threading.Event()
+    request = Request(prompt_ids=encode("hi"), sampling=GREEDY, max_tokens=3)
+    thread.engine.submit(request, lambda delta: ended.set() if delta.finish_reason else None)
+    assert ended.wait(10)
+    thread.stop()
+    assert not thread.engine.is_healthy

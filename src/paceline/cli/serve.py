@@ -28,12 +28,14 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM."""
     from paceline.serve.api.keys import ApiKeys
-    from paceline.serve.api.server import listen, run
+    from paceline.serve.api.server import EngineThread, listen, run
 
     keys = ApiKeys.from_file(api_key_file)
     with listen(host, port, keys) as listener:
-        engine = load_engine(model, adapter, plan_file, settings, dtype, device)
+        thread = EngineThread(
+            lambda: load_engine(model, adapter, plan_file, settings, dtype, device)
+        )
         name = served_model_name or model
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"serving {name} at {address}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-        run(engine, listener, name, keys)
+        run(thread, listener, name, keys)

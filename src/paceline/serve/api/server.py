@@ -6,6 +6,9 @@ import asyncio
 import ipaddress
 import socket
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 
 import uvicorn
 
@@ -49,26 +52,54 @@ def listen(host: str, port: int, keys: ApiKeys) -> socket.socket:
     return listener
 
 
-def run(engine: Engine, listener: socket.socket, model_name: str, keys: ApiKeys) -> None:
-    """Serves until SIGINT or SIGTERM; open answers have a few seconds to end.
+class EngineThread:
+    """An engine that is loaded, and computes, on a thread of its own.
+
+    On one and the same: OpenMP keeps a pool of threads for each thread that computes, and with two
+    pools on the same cores neither waits awake, which makes small operations twice as slow.
+
+    Args:
+        load: gives the engine.
 
     Raises:
-        PacelineError: the engine failed.
+        Exception: what `load` raises.
     """
-    app = create_app(engine, model_name, keys)
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._loaded: Future[Engine] = Future()
+        # A daemon: an interrupt while it loads does not wait for it.
+        self._thread = threading.Thread(target=self._run, args=(load,), name="engine", daemon=True)
+        self._thread.start()
+        self.engine = self._loaded.result()
+
+    def stop(self) -> None:
+        """Ends the engine after the step that it is in."""
+        self.engine.stop()
+        self._thread.join()
+
+    def _run(self, load: Callable[[], Engine]) -> None:
+        try:
+            engine = load()
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(engine)
+        with suppress(Exception):  # a failure has been logged, and health tells it
+            engine.serve()
+
+
+def run(thread: EngineThread, listener: socket.socket, model_name: str, keys: ApiKeys) -> None:
+    """Serves until SIGINT or SIGTERM; open answers have a few seconds to end."""
     config = uvicorn.Config(
-        app,
+        create_app(thread.engine, model_name, keys),
         log_level="warning",
         timeout_graceful_shutdown=_DRAIN_S + _ABORT_S,
         server_header=False,
     )
-    thread = threading.Thread(target=_serve, args=(engine,), name="engine")
-    thread.start()
     try:
-        _Server(config, engine).run(sockets=[listener])
+        _Server(config, thread.engine).run(sockets=[listener])
     finally:
-        engine.stop()
-        thread.join()
+        thread.stop()
 
 
 class _Server(uvicorn.Server):
@@ -89,14 +120,6 @@ class _Server(uvicorn.Server):
 def _cannot_listen(host: str, port: int, error: OSError) -> PacelineError:
     hint = "another --port; 0 takes any that is free"
     return PacelineError(f"cannot listen on {host} port {port}: {error}", hint=hint)
-
-
-def _serve(engine: Engine) -> None:
-    """The engine's thread; a failure has been logged, and health tells it."""
-    try:
-        engine.serve()
-    except Exception:
-        return
 
 
 def _is_loopback(host: str) -> bool:
