@@ -41,4 +41,5 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 bench: $(READY)
+	$(BIN)/paceline bench train
 	$(BIN)/paceline bench generate

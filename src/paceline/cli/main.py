@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-import threading
+import time
 from types import FrameType
 from typing import Annotated
 
@@ -29,7 +30,8 @@ from paceline.cli import (
 from paceline.core.errors import PacelineError
 
 _USAGE, _INTERRUPTED = 2, 130
-_is_interrupted = threading.Event()
+_AFTERMATH_S = 5.0
+_interrupted_s = -math.inf  # when, on the monotonic clock
 
 # typer carries its own copy of click, in which the base of usage errors has no public name.
 _CommandLineError: type[Exception] = next(
@@ -98,13 +100,14 @@ def main() -> None:
 
 def _fail_if_interrupted() -> None:
     """What an interrupt has broken off may fail in words of its own, as torch's writer does."""
-    if _is_interrupted.is_set():
+    if time.monotonic() - _interrupted_s < _AFTERMATH_S:
         fail("interrupted", "", _INTERRUPTED)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, but ends at once inside an import: torch's swallow it at times."""
-    _is_interrupted.set()
+    global _interrupted_s
+    _interrupted_s = time.monotonic()
     outer = frame
     while outer is not None:
         if outer.f_code.co_filename.startswith("<frozen importlib"):
