@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -240,3 +241,14 @@ def test_a_template_in_a_file_of_its_own_is_the_model_s_too(folder):
     source = resolve(str(folder))
     assert source.tokenizer.chat_template == "{{ messages[0]['content'] }}!"
     assert source.files["chat_template.jinja"] == source.tokenizer.chat_template
+
+
+def test_weights_are_told_from_others_of_their_name(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert resolve(str(copy)).identity == resolve(str(folder)).identity
+    tensors = load_file(copy / WEIGHTS_FILE)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
+    save_file(tensors, copy / WEIGHTS_FILE)
+    assert resolve(str(copy)).identity != resolve(str(folder)).identity
+    assert resolve("random:llama:tiny").identity != resolve("random:llama:tiny", seed=1).identity

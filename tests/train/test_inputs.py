@@ -82,7 +82,7 @@ def test_data_that_has_moved_or_been_touched_is_the_same(sources, tmp_path):
     moved = [Path(shutil.copy(path, tmp_path / "moved")) for path in sources]
     for path in moved:
         os.utime(path, (1, 1))
-    again = replace(config_of(moved), data_identity=begun.data_identity)
+    again = replace(begun, data=config_of(moved).data, eval_data=config_of(moved).eval_data)
     assert open_inputs(again, PLAN, MODEL).config == again
     shutil.rmtree(cache_folder())  # another machine
     open_inputs(begun, PLAN, MODEL)

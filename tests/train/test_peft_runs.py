@@ -10,6 +10,7 @@ import torch
 
 from paceline.checkpoint.export import export_adapter
 from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
+from paceline.core.errors import UsageError
 from paceline.core.record import read_records
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
@@ -128,3 +129,20 @@ def test_a_run_on_two_ranks_goes_on_with_one(documents, tmp_path):
     start = parameters(alone)
     alone.restore(newest_checkpoint(tmp_path))
     assert different(start, parameters(alone)) == alone.state.model.added
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_additions_to_a_model_that_has_changed_are_refused(documents, tmp_path, method):
+    plan, folder = plan_for(MeshConfig(), method), RunFolder(tmp_path)
+    world = World(plan.mesh, 0, torch.device("cpu"))
+    before, after = (resolve("random:llama:tiny", seed=seed) for seed in (0, 1))
+    config = RunConfig(model=before.name, data=str(documents), steps=SAVED_AT)
+    trainer = Trainer(before, config, plan, world, folder)
+    trainer.run()
+    assert trainer.config.model_identity == before.identity
+    resumed = Trainer(after, trainer.config, plan, world, folder)
+    if method == "none":  # the checkpoint holds the whole model
+        resumed.restore(newest_checkpoint(tmp_path))
+        return
+    with pytest.raises(UsageError, match="other weights than when the run began"):
+        resumed.restore(newest_checkpoint(tmp_path))

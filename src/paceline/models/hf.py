@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from paceline.plan.model_spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SAMPLE_BYTES = 1 << 20
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -75,6 +78,23 @@ class FolderWeights:
                             f"{folder}: {name} has shape {shape}, but config.json implies "
                             f"{expected[name]}"
                         )
+
+
+def weights_identity(folder: Path) -> str:
+    """A hash that tells a folder's weights from others, without reading all of them.
+
+    It is of the size, the first and the last MiB of each file: the first holds names and shapes,
+    and what is trained changes everywhere.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            size_bytes = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size_bytes} ".encode())
+            for start in (0, max(0, size_bytes - _SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def published_shapes(spec: ModelSpec, stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,14 @@ from paceline.core.errors import DataError, UnknownNameError, UsageError
 from paceline.core.files import new_folder, sha256
 from paceline.models import gguf, repository
 from paceline.models.families import family
-from paceline.models.hf import SMALL_FILES, WEIGHTS_FILE, FolderWeights, read_spec, read_text
+from paceline.models.hf import (
+    SMALL_FILES,
+    WEIGHTS_FILE,
+    FolderWeights,
+    read_spec,
+    read_text,
+    weights_identity,
+)
 from paceline.models.peft.files import Adapter, is_adapter
 from paceline.models.tokenizer import Tokenizer, byte_tokenizer, read_tokenizer, tokenizer_files
 from paceline.models.weights import RandomWeights, Weights
@@ -83,6 +90,7 @@ class ModelSource:
         tokenizer: its tokenizer.
         files: the small files of its folder, name to text; with weights they are the model.
         adapter: what is added to it, if anything (`paceline.models.adapters`).
+        identity: tells its weights from others of the same name.
     """
 
     name: str
@@ -91,6 +99,7 @@ class ModelSource:
     tokenizer: Tokenizer
     files: dict[str, str]
     adapter: Adapter | None = None
+    identity: str = ""
 
 
 def resolve(model: str, *, seed: int = 0) -> ModelSource:
@@ -181,7 +190,9 @@ def _open_folder(name: str, folder: Path) -> ModelSource:
             f"the embedding {spec.vocab_size} rows",
             hint="the tokenizer belongs to another model",
         )
-    return ModelSource(name, spec, FolderWeights(folder, spec), tokenizer, files)
+    weights = FolderWeights(folder, spec)
+    identity = weights_identity(folder)
+    return ModelSource(name, spec, weights, tokenizer, files, identity=identity)
 
 
 def _random_spec(model: str) -> ModelSpec:
@@ -198,7 +209,8 @@ def _random(model: str, seed: int) -> ModelSource:
     spec, tokenizer = _random_spec(model), byte_tokenizer()
     config = family(spec.family).config_from_spec(spec) | {"dtype": "float32"}
     files = {"config.json": json.dumps(config, indent=2), **tokenizer_files(tokenizer)}
-    return ModelSource(model, spec, RandomWeights(spec, seed), tokenizer, files)
+    weights, identity = RandomWeights(spec, seed), f"{model}, seed {seed}"
+    return ModelSource(model, spec, weights, tokenizer, files, identity=identity)
 
 
 def _download(name: str, folder: Path) -> Path:

@@ -26,7 +26,7 @@ class Inputs:
     """What a run reads.
 
     Attributes:
-        config: the run's, with the identities of its data filled in.
+        config: the run's, with the identities of its model and data filled in.
         loader: gives the batches of steps.
         held_out: gives those of evaluations; None without held-out data.
     """
@@ -66,10 +66,20 @@ def open_inputs(config: RunConfig, plan: Plan, model: ModelSource) -> Inputs:
     held_out = read(config.eval_data) if config.eval_data else None
     identified = _require_same(config, [*sources, held_out] if held_out else sources)
     return Inputs(
-        config=identified,
+        config=replace(identified, model_identity=config.model_identity or model.identity),
         loader=Loader(sources, plan, end_token=end_token),
         held_out=HeldOut(held_out, plan, end_token=end_token) if held_out else None,
     )
+
+
+def require_same_model(config: RunConfig, model: ModelSource) -> None:
+    """Raises UsageError if the model has other weights than when the run began."""
+    if config.model_identity not in ("", model.identity):
+        raise UsageError(
+            f"{model.name} has other weights than when the run began, and the checkpoint holds "
+            "only what was added to them",
+            hint="put it back as it was, or start a new run",
+        )
 
 
 def _require_same(config: RunConfig, sources: list[Source]) -> RunConfig:

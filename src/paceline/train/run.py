@@ -28,6 +28,7 @@ class RunConfig(Config):
         data: a SRC argument, or several, each ``SRC=WEIGHT``.
         steps: optimizer steps of the whole run.
         eval_data: a SRC argument, of data that is held out.
+        model_identity: what tells the model's weights from others; empty before the run has begun.
         data_identity: hashes of the tokens of each source, of the held-out one last; none before
             the run has begun.
     """
@@ -36,6 +37,7 @@ class RunConfig(Config):
     data: str | tuple[str, ...]
     steps: int
     eval_data: str | None = None
+    model_identity: str = ""
     data_identity: tuple[str, ...] = ()
 
     @property

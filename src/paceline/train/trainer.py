@@ -27,7 +27,7 @@ from paceline.optim.schedule import learning_rate
 from paceline.parallel.apply import apply
 from paceline.plan.plan import Plan
 from paceline.train.evaluate import evaluate
-from paceline.train.inputs import open_inputs
+from paceline.train.inputs import open_inputs, require_same_model
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
 from paceline.train.records import EvalRecord, RunRecord, SaveRecord, StepRecord
@@ -73,7 +73,14 @@ class Trainer:
         self._peak_flops = 0.0
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes up the state that a checkpoint holds."""
+        """Takes up the state that a checkpoint holds.
+
+        Raises:
+            UsageError: it holds additions to a model whose weights are others now.
+            DataError: it is damaged, or another run's.
+        """
+        if self.state.model.added:
+            require_same_model(self.config, self.source)
         manifest = store.load(checkpoint, self.state.tensors(), self.world)
         self.state.step = manifest.step
 
