@@ -6,18 +6,16 @@ every weight once.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from paceline.bench.outcome import Outcome, interleave, ratio
-from paceline.core.errors import MissingExtraError, UnknownNameError
+from paceline.bench.outcome import Outcome, interleave, outcome
+from paceline.bench.peer import load_peer, require_peer
 from paceline.decode.sampler import SamplingParams
-from paceline.kernels.device import choose_device, choose_dtype, describe
-from paceline.models import hub
+from paceline.kernels.device import choose_device, choose_dtype
 from paceline.plan.plan import Plan
 from paceline.serve.engine import Engine
 from paceline.serve.request import Request
@@ -32,31 +30,20 @@ def run(
     *, against: str = "transformers", model: str = "smollm2-135m", dtype: str = "auto"
 ) -> Outcome:
     """Tokens per second of both sides, the prompt's computation included."""
-    if against != "transformers":
-        raise UnknownNameError("peer", against, ["transformers"])
-    hub.locate(model)  # the peer reads folders alone
-    dtype = str(choose_dtype(dtype, choose_device("cpu"))).removeprefix("torch.")
-    plan = Plan().with_overrides([f'serve.dtype="{dtype}"'])
-    engine = Engine.load(model, plan, device="cpu")
+    peer = require_peer(against, model)
+    compute = choose_dtype(dtype, choose_device("cpu"))
+    name = str(compute).removeprefix("torch.")
+    engine = Engine.load(model, Plan().with_overrides([f'serve.dtype="{name}"']), device="cpu")
     prompt_ids = engine.tokenizer.encode(PROMPT)
-    peer = _load_peer(model, dtype)
-    ours, theirs = interleave(_ours(engine, prompt_ids), _peers(peer, prompt_ids))
+    theirs = _peers(load_peer(model, compute), prompt_ids)
+    rates = interleave(_ours(engine, prompt_ids), theirs)
     read_bytes_per_s = _read_bandwidth()
-    limit = read_bytes_per_s / engine.spec.parameter_bytes(dtype)
-    rate = statistics.median(ours)
-    import transformers
-
-    return Outcome(
-        name=f"generate, batch 1, {NUM_TOKENS} greedy tokens, {dtype}",
-        unit="tokens/s",
-        ours=rate,
-        peer=statistics.median(theirs),
-        against=f"transformers {transformers.__version__}",
-        limit=limit,
+    return outcome(
+        f"generate, batch 1, {NUM_TOKENS} greedy tokens, {name}",
+        *rates,
+        against=peer,
+        limit=read_bytes_per_s / engine.spec.parameter_bytes(name),
         limited_by=f"{read_bytes_per_s / 1e9:.1f} GB/s read over the bytes of the weights",
-        fraction=rate / limit,
-        ratios=ratio(ours, theirs),
-        device=describe(choose_device("cpu")),
     )
 
 
@@ -74,14 +61,6 @@ def _ours(engine: Engine, prompt_ids: list[int]) -> Callable[[], float]:
         return NUM_TOKENS / (time.perf_counter() - start_s)
 
     return measure
-
-
-def _load_peer(model: str, dtype: str) -> Any:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise MissingExtraError("transformers", "dev") from error
-    return AutoModelForCausalLM.from_pretrained(hub.locate(model), dtype=getattr(torch, dtype))
 
 
 def _peers(peer: Any, prompt_ids: list[int]) -> Callable[[], float]:

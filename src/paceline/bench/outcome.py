@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from paceline.kernels.device import choose_device, describe
+
 MIN_PAIRS = 7
 
 
@@ -57,6 +59,40 @@ class Outcome:
     fraction: float
     ratios: Ratio
     device: str
+
+
+def outcome(
+    name: str,
+    ours: list[float],
+    peer: list[float],
+    *,
+    against: str,
+    limit: float,
+    limited_by: str,
+) -> Outcome:
+    """What interleaved rates in tokens per second on this CPU come to.
+
+    Args:
+        name: of the benchmark, with its sizes and dtype.
+        ours: rates.
+        peer: rates, taken in turns with ours.
+        against: the peer and its version.
+        limit: tokens per second that the machine admits.
+        limited_by: what `limit` is made of.
+    """
+    rate = statistics.median(ours)
+    return Outcome(
+        name=name,
+        unit="tokens/s",
+        ours=rate,
+        peer=statistics.median(peer),
+        against=against,
+        limit=limit,
+        limited_by=limited_by,
+        fraction=rate / limit,
+        ratios=ratio(ours, peer),
+        device=describe(choose_device("cpu")),
+    )
 
 
 def interleave(

@@ -9,7 +9,6 @@ The limit is the measured rate of square matrix products over the model's FLOPs 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,14 +16,14 @@ from multiprocessing.context import SpawnContext
 
 import torch
 
-from paceline.bench.outcome import Outcome, interleave, ratio
-from paceline.core.errors import MissingExtraError, PacelineError, UnknownNameError
+from paceline.bench.outcome import Outcome, interleave, outcome
+from paceline.bench.peer import load_peer, require_peer
+from paceline.core.errors import PacelineError
 from paceline.data.batch import Batch
 from paceline.dist.world import World
 from paceline.kernels.device import (
     choose_device,
     choose_dtype,
-    describe,
     keep_freed_memory,
     measure_peak_flops,
 )
@@ -48,13 +47,7 @@ def run(
     *, against: str = "transformers", model: str = "smollm2-135m", dtype: str = "auto"
 ) -> Outcome:
     """Tokens per second of both sides."""
-    if against != "transformers":
-        raise UnknownNameError("peer", against, ["transformers"])
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "dev") from error
-    hub.locate(model)  # the peer reads folders alone; here, and not in two processes
+    peer = require_peer(against, model)  # here, and not in a process
     device = choose_device("cpu")
     compute = choose_dtype(dtype, device)
     name = str(compute).removeprefix("torch.")
@@ -69,19 +62,12 @@ def run(
         ours.close()
         theirs.close()
     peak = measure_peak_flops(device, compute)
-    limit = peak / hub.read_model_spec(model).model_flops_per_token(LENGTH)
-    rate = statistics.median(rates[0])
-    return Outcome(
-        name=f"train, {NUM_SEQUENCES} x {LENGTH} tokens a step, {name}",
-        unit="tokens/s",
-        ours=rate,
-        peer=statistics.median(rates[1]),
-        against=f"transformers {transformers.__version__}",
-        limit=limit,
+    return outcome(
+        f"train, {NUM_SEQUENCES} x {LENGTH} tokens a step, {name}",
+        *rates,
+        against=peer,
+        limit=peak / hub.read_model_spec(model).model_flops_per_token(LENGTH),
         limited_by=f"{peak / 1e9:.0f} GFLOP/s of matrix products over the FLOPs of a token",
-        fraction=rate / limit,
-        ratios=ratio(*rates),
-        device=describe(device),
     )
 
 
@@ -153,9 +139,7 @@ def _our_step(model: str, dtype: str) -> Side:
 
 
 def _peers_step(model: str, dtype: str) -> Side:
-    from transformers import AutoModelForCausalLM
-
-    peer = AutoModelForCausalLM.from_pretrained(hub.locate(model), dtype=torch.float32).train()
+    peer = load_peer(model, torch.float32).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=_LR, fused=True)
     inputs_BT, labels_BT = _tokens(model)
     is_narrow = dtype == "bfloat16"
