@@ -90,7 +90,7 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(plan):
 def test_split_axes_say_what_a_rank_holds(plan):
     def work(model, world):
         parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters())
-        return parts, model.data.split_axes, world.rank
+        return parts, model.data.spread_axes, world.rank
 
     found = on_ranks(plan, work)
     (split_axes,) = {axes for _, axes, _ in found}
@@ -107,10 +107,11 @@ def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, b
     def work(model, world):
         model.module(torch.arange(8).view(1, 8) + world.rank).square().sum().backward()
         model.data.finish_gradients(model.module)
-        num_trained = sum(p.numel() for p in model.trained_parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        num_trained = sum(p.numel() for p in trained)
         gradients = [t for t in world.traffic.transfers if t.purpose == "gradients"]
-        norms = [float(p.grad.norm()) for p in model.trained_parameters()]
-        return num_trained, len(model.trained_parameters()), gradients, norms
+        norms = [float(p.grad.norm()) for p in trained]
+        return num_trained, len(trained), gradients, norms
 
     first, second = on_ranks(plan, work)
     assert first == second

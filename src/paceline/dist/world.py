@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -17,6 +18,8 @@ from paceline.core.errors import RankError, UsageError
 from paceline.dist.collectives import Traffic
 from paceline.dist.compat import all_gather, reduce_scatter
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=10)
 # A user should read the first error and no other. A rank that fails leaves time to its launcher,
@@ -115,6 +118,14 @@ class World:
         group = self._group((axis,))
         reduce_scatter(part, tensor.contiguous(), group=group)
         return part
+
+    def collect(self, value: T) -> list[T]:
+        """What every rank gives, plain data, in order of rank."""
+        if self.mesh.num_ranks == 1:
+            return [value]
+        found: list[T] = [value] * self.mesh.num_ranks
+        torch.distributed.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
@@ -17,8 +17,10 @@ from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
+from paceline.optim.parts import Part
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
+from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -30,16 +32,24 @@ class ParallelModel:
     Attributes:
         module: this rank's part; call it as the plain model.
         data: how data ranks share its state.
+        parts: what this rank holds of each parameter.
         added: names of the parameters that fine-tuning has added, if it has: the only ones that
             are trained and saved.
     """
 
     module: Decoder
     data: DataParallel
+    parts: dict[str, Part]
     added: frozenset[str] = frozenset()
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.requires_grad]
+    @property
+    def spread_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which parameters are spread."""
+        return self.data.spread_axes
+
+    def parameters(self) -> list[Tensor]:
+        """What optimizers move: the parts, frozen ones among them."""
+        return [part.tensor for part in self.parts.values()]
 
 
 def apply(
@@ -64,10 +74,11 @@ def apply(
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
+    places = {n: Place.of_whole(tuple(p.shape)) for n, p in model.named_parameters()}
     data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
     data.wrap(model)
     fill(model, attached.weights, world.device, put=data.put)
-    return ParallelModel(model, data, attached.added)
+    return ParallelModel(model, data, data.hold(model, places), attached.added)
 
 
 def is_compiled(plan: Plan, device: torch.device) -> bool:

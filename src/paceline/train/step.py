@@ -48,6 +48,7 @@ def train_step(
         group["lr"] = learning_rate
     state.optimizer.step()
     state.optimizer.zero_grad()
+    state.model.data.finish_update(state.model.module)
     state.step += 1
     return result
 
@@ -73,14 +74,14 @@ def compute_gradients(
         scale.scaled(loss).backward()
         loss_sum += loss.detach()
     model.data.finish_gradients(model.module)
-    parameters = model.trained_parameters()
-    norm = global_norm(parameters, model.data.split_axes, world)
+    parts = list(model.parts.values())
+    norm = global_norm(parts, model.spread_axes, world)
     if not math.isfinite(norm):
         hint = "a lower optimizer.lr, or resume from a checkpoint before it"
         raise PacelineError(f"step {state.step + 1}: the gradient's norm is {norm}", hint=hint)
     return StepResult(
         loss=scale.mean_loss(loss_sum),
         grad_norm=norm,
-        clip_factor=clip(parameters, norm, max_norm),
+        clip_factor=clip(parts, norm, max_norm),
         valid_tokens=scale.count,
     )

@@ -8,14 +8,16 @@ Differs: buckets are reduced after the last backward pass, without overlap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from paceline.models.decoder import Decoder
 from paceline.models.weights import copy_whole
+from paceline.optim.parts import Part
 from paceline.parallel.data.base import DataParallel
+from paceline.plan.layout import Place
 from paceline.plan.mesh import DATA_AXES
 
 _BUCKET_BYTES = 25 << 20
@@ -29,6 +31,9 @@ class Replicated(DataParallel):
 
     def put(self, parameter: nn.Parameter, value: Tensor) -> None:
         copy_whole(parameter, value)
+
+    def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
+        return {name: Part(p, places[name]) for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def finish_gradients(self, model: Decoder) -> None:
@@ -45,6 +50,9 @@ class Replicated(DataParallel):
             sizes = [gradient.numel() for gradient in bucket]
             for gradient, total in zip(bucket, flat.split(sizes), strict=True):
                 gradient.copy_(total.view_as(gradient))
+
+    def finish_update(self, model: Decoder) -> None:
+        pass  # every rank has moved everything
 
     def finish_evaluation(self, model: Decoder) -> None:
         pass  # nothing was gathered
