@@ -16,7 +16,6 @@ from paceline.kernels.linear import linear
 from paceline.kernels.norm import rms_norm
 from paceline.plan.model_spec import ModelSpec
 
-
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``product(x, weight, bias) -> x W^T + b`` in the dtype of x; the weights are of any dtype."""
 
