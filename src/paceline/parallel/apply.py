@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> (later: pp, tp and ep, cp, remat) -> compile -> data -> memory and weights
+peft -> freeze -> (later: pp, tp and ep, cp) -> remat -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
 from paceline.kernels.device import choose_dtype
+from paceline.memory.remat import REMAT
+from paceline.memory.remat.base import Remat
+from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
@@ -71,6 +74,7 @@ def apply(
     model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
     attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
     freeze(model, plan.train.freeze)
+    recompute(model, REMAT.load(plan.memory.remat))
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
@@ -79,6 +83,15 @@ def apply(
     data.wrap(model)
     fill(model, attached.weights, world.device, put=data.put)
     return ParallelModel(model, data, data.hold(model, places), attached.added)
+
+
+def recompute(model: Decoder, remat: Remat) -> None:
+    """Has parts of the model computed again in the backward pass."""
+    if remat.around_block is not None:
+        model.around_block = remat.around_block
+    for module in model.modules():
+        if isinstance(module, Attention) and remat.around_core is not None:
+            module.around_core = remat.around_core
 
 
 def is_compiled(plan: Plan, device: torch.device) -> bool:

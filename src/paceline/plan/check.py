@@ -34,7 +34,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
-    "memory.remat": ("none",),
     "precision.params": ("float32", "float64"),
     "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
