@@ -28,7 +28,8 @@ from paceline.models.weights import RandomWeights
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
 from paceline.parallel import apply as apply_module
-from paceline.parallel.data import fully_sharded, replicated
+from paceline.parallel import buckets
+from paceline.parallel.data import fully_sharded
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
 from paceline.plan.mesh import MeshConfig
@@ -121,9 +122,9 @@ def all_reduce_dropped(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def last_bucket_not_reduced(patch: Patch, _rank: int) -> None:
-    original = replicated._buckets
-    patch.setattr(replicated, "_BUCKET_BYTES", 4096)
-    patch.setattr(replicated, "_buckets", lambda gradients: list(original(gradients))[:-1])
+    original = buckets.buckets
+    patch.setattr(buckets, "BUCKET_BYTES", 4096)
+    patch.setattr(buckets, "buckets", lambda gradients: list(original(gradients))[:-1])
 
 
 @mutant(SHARDED)

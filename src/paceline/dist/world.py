@@ -85,6 +85,15 @@ class World:
                 torch.distributed.all_reduce(tensor, group=self._group(step))
         return tensor
 
+    def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
+        """The largest of each element over the ranks along an axis, in place."""
+        if self.degree(axis) > 1:
+            self.traffic.add("all-reduce", (axis,), tensor.nbytes, purpose)
+            torch.distributed.all_reduce(
+                tensor, torch.distributed.ReduceOp.MAX, group=self._group((axis,))
+            )
+        return tensor
+
     def gather(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
         """The tensors of the ranks along an axis, in their order, end to end along dimension 0.
 
