@@ -61,7 +61,8 @@ class _Placing:
             else:
                 self.placed[rank] += self._weight_passes[rank]
         if self._waiting:
-            raise ValueError(f"the order waits for itself: {self._waiting}")
+            missing = min(self._waiting)
+            raise ValueError(f"the order waits for {missing}, which never runs")
 
     def _decide(self, rank: int, now: float) -> None:
         action = self._todo[rank][0]
