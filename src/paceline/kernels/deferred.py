@@ -62,19 +62,17 @@ class DeferredGradients:
         finally:
             self._key = None
 
-    @property
-    def is_gathering(self) -> bool:
-        """Whether weight gradients are put off."""
-        return self._key is not None
-
-    def owe(self, product: _Product) -> None:
-        assert self._key is not None
-        self._owed.setdefault(self._key, []).append(product)
+    def owe(self, product: _Product) -> bool:
+        """Puts a product off if that can be; whether it was."""
+        parameters = [p for p in (product.weight, product.bias) if p is not None]
+        if self._key is None or not all(parameter.is_leaf for parameter in parameters):
+            return False
+        if parameters:
+            self._owed.setdefault(self._key, []).append(product)
+        return True
 
     @torch.no_grad()
-    def compute(
-        self, key: Hashable, on_ready: Callable[[Tensor], None] | None = None
-    ) -> None:
+    def compute(self, key: Hashable, on_ready: Callable[[Tensor], None] | None = None) -> None:
         """Adds the gradients owed under a key to those of weights and biases, and forgets them.
 
         Args:
@@ -115,20 +113,19 @@ class _DeferredLinear(torch.autograd.Function):
         # the backward pass.
         ctx.save_for_backward(x, weight)
         ctx.parameters, ctx.deferred = (weight, bias), deferred
-        return functional.linear(
-            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, weight = ctx.saved_tensors
-        needs_x, *needs_parameters, _ = ctx.needs_input_grad
+        needs_x, *needs_gradient, _ = ctx.needs_input_grad
         grad_x = grad_y @ weight.to(grad_y.dtype) if needs_x else None
-        wanted = [p if need else None for p, need in zip(ctx.parameters, needs_parameters, strict=True)]
-        later = [p if p is not None and p.is_leaf and ctx.deferred.is_gathering else None for p in wanted]
-        now = [p if q is None else None for p, q in zip(wanted, later, strict=True)]
-        if any(p is not None for p in later):
-            ctx.deferred.owe(_Product(later[0], later[1], x, grad_y))
-        grad_weight, grad_bias = _weight_gradients(_Product(now[0], now[1], x, grad_y))
-        return grad_x, grad_weight, grad_bias, None
+        wanted = [
+            parameter if needed else None
+            for parameter, needed in zip(ctx.parameters, needs_gradient, strict=True)
+        ]
+        product = _Product(wanted[0], wanted[1], x, grad_y)
+        if ctx.deferred.owe(product):
+            return grad_x, None, None, None
+        return grad_x, *_weight_gradients(product), None
