@@ -23,13 +23,9 @@ from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig, Plan
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.pp": (1,),
     "mesh.cp": (1,),
     "mesh.ep": (1,),
     "zero.stage": (None, 0, 3),
-    "pipeline.schedule": ("one-f-one-b",),
-    "pipeline.stages_per_rank": (1,),
-    "pipeline.stage_cuts": (None,),
     "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
