@@ -27,7 +27,9 @@ def make_state() -> Callable[..., Any]:
         world = World(plan.mesh, rank, torch.device("cpu"))
         spec = PRESETS["tiny"]
         model = apply(spec, RandomWeights(spec, seed), plan, world)
-        state = State(model, OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer))
+        state = State(
+            model, OPTIMIZERS.load(plan.optimizer.name)(model.parameters(), plan.optimizer)
+        )
         for step in range(num_steps):
             tokens_BT = (torch.arange(10).view(2, 5) * (rank + step + seed + 1)) % 200
             batch = Batch(tokens_BT, tokens_BT + 1, torch.zeros_like(tokens_BT))

@@ -31,8 +31,8 @@ def saved(model: str, folder: Path, plan: Plan | None = None, rank: int = 0) -> 
     plan, source = plan or Plan(), resolve(model)
     world = World(plan.mesh, rank, torch.device("cpu"))
     parallel = apply(source.spec, source.weights, plan, world)
-    state = State(parallel, OPTIMIZERS.load("adamw")(parallel.module, plan.optimizer))
-    return store.save(folder, 1, state.tensors(), plan, source.spec, world)
+    state = State(parallel, OPTIMIZERS.load("adamw")(parallel.parameters(), plan.optimizer))
+    return store.save(folder, 1, state.parts(), plan, source.spec, world)
 
 
 def exported(model: str, tmp_path: Path, plan: Plan | None = None) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from paceline.checkpoint import store
 from paceline.checkpoint.manifest import complete_checkpoints, newest_checkpoint, read_manifest
@@ -20,6 +20,8 @@ from paceline.core.errors import DataError, PacelineError, RankError, UsageError
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS
+from paceline.optim.parts import Part
+from paceline.plan.layout import Place
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import CheckpointConfig, OptimizerConfig, Plan, TrainConfig
 
@@ -41,22 +43,25 @@ LAYOUTS = {
 }
 
 
-def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    parts = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in tensors.items()}
-    return {name: part.clone() for name, part in parts.items()}
+def copies(parts: dict[str, Part]) -> dict[str, torch.Tensor]:
+    return {name: part.local.clone() for name, part in parts.items()}
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    return {name: Part.of_whole(tensor) for name, tensor in tensors.items()}
 
 
 def save(folder: Path, step: int, value: float, *, keep: int = 0, world: World = ALONE) -> Path:
     """Saves two small tensors that are full of `value`."""
     tensors = {"model.a": torch.full((64, 3), value), "optimizer.a.step": torch.tensor(value)}
     plan = Plan(checkpoint=CheckpointConfig(keep=keep))
-    return store.save(folder, step, tensors, plan, SPEC, world)
+    return store.save(folder, step, whole(tensors), plan, SPEC, world)
 
 
 def load(checkpoint: Path) -> tuple[int, float]:
     """The step and the value of a checkpoint that `save` has made."""
     tensors = {"model.a": torch.zeros(64, 3), "optimizer.a.step": torch.tensor(0.0)}
-    manifest = store.load(checkpoint, tensors, ALONE)
+    manifest = store.load(checkpoint, whole(tensors), ALONE)
     (value,) = tensors["model.a"].unique().tolist()
     assert tensors["optimizer.a.step"].item() == value
     return manifest.step, value
@@ -69,12 +74,12 @@ def test_what_is_loaded_has_the_bits_that_were_saved(make_state, tmp_path, layou
 
     def work(rank: int) -> dict[str, Any]:
         state, world = make_state(plan, rank)
-        saved = copies(state.tensors())
-        path = store.save(tmp_path, 2, state.tensors(), plan, SPEC, world)
+        saved = copies(state.parts())
+        path = store.save(tmp_path, 2, state.parts(), plan, SPEC, world)
         other, _ = make_state(plan, rank, seed=1, num_steps=1)
-        before = copies(other.tensors())
-        manifest = store.load(path, other.tensors(), world)
-        after = copies(other.tensors())
+        before = copies(other.parts())
+        manifest = store.load(path, other.parts(), world)
+        after = copies(other.parts())
         # The live state, not a copy of it.
         parameter = next(iter(other.model.module.parameters()))
         live = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -105,7 +110,7 @@ def test_one_process_reads_whole_tensors_of_any_layout(make_state, tmp_path, lay
 
     def work(rank: int) -> dict[str, Any]:
         state, world = make_state(plan, rank)
-        store.save(tmp_path, 1, state.tensors(), plan, SPEC, world)
+        store.save(tmp_path, 1, state.parts(), plan, SPEC, world)
         parameters = state.model.module.named_parameters()
         return {
             f"model.{name}": (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()
@@ -122,7 +127,7 @@ def test_one_process_reads_whole_tensors_of_any_layout(make_state, tmp_path, lay
 def test_a_manifest_says_what_a_checkpoint_holds(make_state, tmp_path):
     plan = Plan(train=TrainConfig(seed=9))
     state, world = make_state(plan)
-    manifest = read_manifest(store.save(tmp_path, 7, state.tensors(), plan, SPEC, world))
+    manifest = read_manifest(store.save(tmp_path, 7, state.parts(), plan, SPEC, world))
     assert manifest.step == 7
     assert Plan.from_dict(manifest.plan) == plan
     assert type(SPEC).from_dict(manifest.model) == SPEC
@@ -287,7 +292,7 @@ def test_a_checkpoint_of_another_model_is_refused(damaged):
         (wanted | {"model.a": torch.zeros(3, 64)}, r"model.a has shape \(64, 3\), this run wants"),
     ):
         with pytest.raises(DataError, match=why) as caught:
-            store.load(damaged, tensors, ALONE)
+            store.load(damaged, whole(tensors), ALONE)
         assert str(damaged) in caught.value.message
         assert not any(value.any() for value in tensors.values())
 
@@ -300,7 +305,7 @@ def test_damage_is_an_error_on_ranks_too(damaged):
 
     def work(rank: int) -> None:
         world = World(MeshConfig(dp_replicate=2), rank, torch.device("cpu"))
-        store.load(damaged, {"model.a": torch.zeros(64, 3)}, world)
+        store.load(damaged, whole({"model.a": torch.zeros(64, 3)}), world)
 
     with pytest.raises(RankError, match=r"rank 0 failed(.|\n)*__0_0.distcp is damaged"):
         run_ranks(work, 2)
@@ -407,12 +412,12 @@ def test_a_rank_that_is_killed_leaves_a_checkpoint(tmp_path, dying):
 
         def work(rank: int, folder: Path = folder, number: int = number) -> None:
             world = World(MeshConfig(dp_shard=2), rank, torch.device("cpu"))
-            mesh = world.device_mesh("dp_shard")
-            whole = distribute_tensor(torch.full((64, 3), 2.0), mesh, [Shard(0)])
-            tensors = {"model.a": whole, "optimizer.a.step": torch.tensor(2.0)}
+            place = Place.of_whole((64, 3)).rows(range(32 * rank, 32 * rank + 32))
+            parts = whole({"optimizer.a.step": torch.tensor(2.0)})
+            parts["model.a"] = Part(torch.full((32, 3), 2.0), place)
             if rank == dying:
                 die_at_call(number)
-            store.save(folder, 2, tensors, Plan(), SPEC, world)
+            store.save(folder, 2, parts, Plan(), SPEC, world)
 
         try:
             run_ranks(work, 2)

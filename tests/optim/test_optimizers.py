@@ -24,7 +24,7 @@ class Toy(nn.Module):
 
 def test_matrices_decay_and_vectors_do_not():
     toy = Toy()
-    matrices, vectors = parameter_groups(toy, OptimizerConfig(weight_decay=0.25))
+    matrices, vectors = parameter_groups(toy.parameters(), OptimizerConfig(weight_decay=0.25))
     assert [id(p) for p in matrices["params"]] == [id(toy.matrix)]
     assert [id(p) for p in vectors["params"]] == [id(toy.vector)]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
@@ -33,14 +33,14 @@ def test_matrices_decay_and_vectors_do_not():
 def test_a_group_without_parameters_is_left_out():
     toy = Toy()
     toy.matrix.requires_grad_(False)
-    (group,) = parameter_groups(toy, OptimizerConfig())
+    (group,) = parameter_groups(toy.parameters(), OptimizerConfig())
     assert [id(p) for p in group["params"]] == [id(toy.vector)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_in_place_and_zero_before_the_first_step(name):
     toy = Toy()
-    optimizer = OPTIMIZERS.load(name)(toy, OptimizerConfig(name=name))
+    optimizer = OPTIMIZERS.load(name)(toy.parameters(), OptimizerConfig(name=name))
     assert set(optimizer.state) == {toy.matrix, toy.vector}
     for parameter, state in optimizer.state.items():
         moments = [value for value in state.values() if value.ndim]
@@ -54,7 +54,7 @@ def test_state_in_place_changes_no_step(name):
     """The same steps as torch's own optimizer, which makes its state at the first of them."""
     config = OptimizerConfig(name=name, lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5)
     ours, theirs = Toy(), Toy()
-    optimizer = OPTIMIZERS.load(name)(ours, config)
+    optimizer = OPTIMIZERS.load(name)(ours.parameters(), config)
     groups = [
         {"params": [theirs.matrix], "weight_decay": 0.5},
         {"params": [theirs.vector], "weight_decay": 0.0},

@@ -14,8 +14,9 @@ from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS
 from paceline.models.weights import RandomWeights
+from paceline.parallel import buckets
 from paceline.parallel.apply import apply
-from paceline.parallel.data import STAGES, replicated
+from paceline.parallel.data import STAGES
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import Plan, TrainConfig, ZeroConfig
 
@@ -90,7 +91,7 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(plan):
 def test_split_axes_say_what_a_rank_holds(plan):
     def work(model, world):
         parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters())
-        return parts, model.data.split_axes, world.rank
+        return parts, model.data.spread_axes, world.rank
 
     found = on_ranks(plan, work)
     (split_axes,) = {axes for _, axes, _ in found}
@@ -101,16 +102,17 @@ def test_split_axes_say_what_a_rank_holds(plan):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 4096, 25 << 20])
 def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, bucket_bytes):
-    monkeypatch.setattr(replicated, "_BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
     plan = Plan(mesh=MeshConfig(dp_replicate=2), train=TrainConfig(freeze=FROZEN))
 
     def work(model, world):
         model.module(torch.arange(8).view(1, 8) + world.rank).square().sum().backward()
         model.data.finish_gradients(model.module)
-        num_trained = sum(p.numel() for p in model.trained_parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        num_trained = sum(p.numel() for p in trained)
         gradients = [t for t in world.traffic.transfers if t.purpose == "gradients"]
-        norms = [float(p.grad.norm()) for p in model.trained_parameters()]
-        return num_trained, len(model.trained_parameters()), gradients, norms
+        norms = [float(p.grad.norm()) for p in trained]
+        return num_trained, len(trained), gradients, norms
 
     first, second = on_ranks(plan, work)
     assert first == second

@@ -76,10 +76,10 @@ def train(plan: Plan, data: Path, folder: Path, eval_data: Path | None) -> list[
     def run(rank: int) -> dict[str, Any]:
         world = World(plan.mesh, rank, torch.device("cpu"))
         trainer = Trainer(source, config, plan, world, RunFolder(folder))
-        names = set(trainer.state.tensors())
+        names = set(trainer.state.parts())
         trainer.run()
         assert trainer.state.model.module.training
-        assert set(trainer.state.tensors()) == names
+        assert set(trainer.state.parts()) == names
         (trained,) = {type(p) for p in trainer.state.model.module.parameters()}
         return {"parameters": trained.__name__}
 

@@ -115,7 +115,7 @@ def test_a_resumed_run_has_the_same_bits(documents, tmp_path, case):
         return {
             "different": differences(copies(whole), copies(resumed)),
             "moved": differences(copies(whole), untrained),
-            "names": set(resumed.state.tensors()),
+            "names": set(resumed.state.parts()),
         }
 
     found = [run(0)] if mesh.num_ranks == 1 else run_ranks(run, mesh.num_ranks)
@@ -131,10 +131,7 @@ def test_a_resumed_run_has_the_same_bits(documents, tmp_path, case):
 
 
 def copies(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        name: getattr(value, "_local_tensor", value).clone()
-        for name, value in trainer.state.tensors().items()
-    }
+    return {name: part.local.clone() for name, part in trainer.state.parts().items()}
 
 
 def differences(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> set[str]:

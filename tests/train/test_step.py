@@ -29,7 +29,7 @@ WORLD = World(MeshConfig(), 0, torch.device("cpu"))
 
 def state_of(plan: Plan) -> State:
     model = apply(SPEC, RandomWeights(SPEC), plan, WORLD)
-    return State(model, OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer))
+    return State(model, OPTIMIZERS.load(plan.optimizer.name)(model.parameters(), plan.optimizer))
 
 
 def batch_of(*labels_T: list[int]) -> Batch:
@@ -130,12 +130,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_weight_moves():
 def test_a_state_s_tensors_are_named_and_live():
     plan = Plan(optimizer=OptimizerConfig(name="adamw"))
     state = state_of(plan)
-    tensors = state.tensors()
+    parts = state.parts()
     names = [name for name, _ in state.model.module.named_parameters()]
-    assert tensors.keys() == {f"model.{name}" for name in names} | {
+    assert parts.keys() == {f"model.{name}" for name in names} | {
         f"optimizer.{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")
     }
     train_step(state, [FIRST], next_token, WORLD, learning_rate=0.1, max_norm=1.0)
-    assert tensors["optimizer.norm.weight.step"].item() == 1
-    assert tensors["optimizer.norm.weight.exp_avg"].abs().sum() > 0
-    assert torch.equal(tensors["model.norm.weight"], state.model.module.norm.weight)
+    assert parts["optimizer.norm.weight.step"].local.item() == 1
+    assert parts["optimizer.norm.weight.exp_avg"].local.abs().sum() > 0
+    assert torch.equal(parts["model.norm.weight"].local, state.model.module.norm.weight)

@@ -109,7 +109,7 @@ def test_bfloat16_trains_with_float32_state(documents, tmp_path, mesh):
         module.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         module.norm.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         trainer.run()
-        tensors = trainer.state.tensors().values()
+        tensors = [part.tensor for part in trainer.state.parts().values()]
         return {
             "activations": {str(dtype) for dtype in seen},
             "state": {str(tensor.dtype) for tensor in tensors},

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from paceline.core.errors import RankError
 from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
 from paceline.data.rows import DocumentRows, PackedRows
@@ -29,7 +28,8 @@ from paceline.models.weights import RandomWeights
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
 from paceline.parallel import apply as apply_module
-from paceline.parallel.data import fully_sharded, replicated
+from paceline.parallel import buckets
+from paceline.parallel.data import fully_sharded
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
 from paceline.plan.mesh import MeshConfig
@@ -122,9 +122,9 @@ def all_reduce_dropped(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def last_bucket_not_reduced(patch: Patch, _rank: int) -> None:
-    original = replicated._buckets
-    patch.setattr(replicated, "_BUCKET_BYTES", 4096)
-    patch.setattr(replicated, "_buckets", lambda gradients: list(original(gradients))[:-1])
+    original = buckets.buckets
+    patch.setattr(buckets, "BUCKET_BYTES", 4096)
+    patch.setattr(buckets, "buckets", lambda gradients: list(original(gradients))[:-1])
 
 
 @mutant(SHARDED)
@@ -193,7 +193,7 @@ def clip_computed_and_not_applied(patch: Patch, _rank: int) -> None:
 
 @mutant(SHARDED)
 def norm_of_one_rank_s_part(patch: Patch, _rank: int) -> None:
-    patch.setattr(FullySharded, "split_axes", ())
+    patch.setattr(FullySharded, "spread_axes", ())
 
 
 @mutant(REPLICATED)
@@ -321,8 +321,8 @@ def gradients_reduced_in_float32(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def vectors_decayed(patch: Patch, _rank: int) -> None:
-    def one_group(model: Any, config: Any) -> list[dict[str, Any]]:
-        trained = [p for p in model.parameters() if p.requires_grad]
+    def one_group(parameters: Any, config: Any) -> list[dict[str, Any]]:
+        trained = [p for p in parameters if p.requires_grad]
         return [{"params": trained, "weight_decay": config.weight_decay}]
 
     patch.setattr(adamw, "parameter_groups", one_group)
@@ -414,17 +414,9 @@ def another_shuffle_on_one_rank(patch: Patch, rank: int) -> None:
     patch.setattr(Loader, "__init__", init)
 
 
-ERRORS = {"frozen_layer_trained": "gradients on one side only"}
-"""Mutants that end in an error of a rank, and its text; all others give a bad certificate."""
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_certificate_fails(monkeypatch, name):
     mesh, case, mutate = MUTANTS[name]
-    if name in ERRORS:
-        with pytest.raises(RankError, match=ERRORS[name]):
-            certify_with(monkeypatch, mesh, mutate, case)
-        return
     certificate = certify_with(monkeypatch, mesh, mutate, case)
     errors = (
         certificate.max_rel_grad_error,

@@ -124,7 +124,7 @@ def _our_step(model: str, dtype: str) -> Side:
     plan = Plan().with_overrides([f'precision.compute="{dtype}"'])
     world = World(plan.mesh, 0, torch.device("cpu"))
     laid_out = apply(source.spec, source.weights, plan, world)
-    optimizer = OPTIMIZERS.load(plan.optimizer.name)(laid_out.module, plan.optimizer)
+    optimizer = OPTIMIZERS.load(plan.optimizer.name)(laid_out.parameters(), plan.optimizer)
     state = State(laid_out, optimizer)
     inputs_BT, labels_BT = _tokens(model)
     documents_BT = torch.zeros(NUM_SEQUENCES, LENGTH, dtype=torch.long)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import paceline
 from paceline.checkpoint.manifest import (
@@ -22,9 +23,11 @@ from paceline.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
+from paceline.checkpoint.parts import PartsReader, PartsWriter
 from paceline.core.errors import DataError, PacelineError
 from paceline.core.files import sha256, sync_file
 from paceline.dist.world import World
+from paceline.optim.parts import Part
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -32,12 +35,12 @@ from paceline.plan.plan import Plan
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
     plan: Plan,
     spec: ModelSpec,
     world: World,
 ) -> Path:
-    """Writes ``folder/step-N``; called by every rank.
+    """Writes ``folder/step-N``; called by every rank with what it holds.
 
     A kill at any point leaves the complete checkpoints of other steps, and at most a folder
     without a manifest, which no reader takes for a checkpoint and which the next save of that
@@ -58,9 +61,9 @@ def save(
             target.rename(retired)
         target.mkdir(parents=True)
     world.barrier()
-    _write(target, tensors, no_dist=world.mesh.num_ranks == 1)
+    _write(target, parts, no_dist=world.mesh.num_ranks == 1)
     if world.is_first:
-        _manifest(target, step, tensors, plan, spec).commit(target)
+        _manifest(target, step, plan, spec).commit(target)
         sync_file(folder)
         shutil.rmtree(retired, ignore_errors=True)
         _drop_old(folder, plan.checkpoint.keep)
@@ -68,12 +71,12 @@ def save(
     return target
 
 
-def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World) -> Manifest:
-    """Fills tensors in place from a checkpoint; called by every rank.
+def load(checkpoint: Path, parts: Mapping[str, Part], world: World) -> Manifest:
+    """Fills parts of tensors in place from a checkpoint; called by every rank.
 
     Args:
         checkpoint: a complete checkpoint.
-        tensors: where to put what it holds, split as this run splits them.
+        parts: where to put what it holds, as this run spreads it.
         world: the ranks.
 
     Raises:
@@ -83,8 +86,8 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World) -> Manif
     if world.is_first:
         verify_files(checkpoint, manifest)
     world.barrier()
-    _require_same(checkpoint, manifest, tensors)
-    _read(checkpoint, tensors, no_dist=world.mesh.num_ranks == 1)
+    _require_same(checkpoint, manifest, parts, world)
+    _read(checkpoint, parts, no_dist=world.mesh.num_ranks == 1)
     return manifest
 
 
@@ -101,44 +104,51 @@ def load_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
         for name, entry in manifest.tensors.items()
         if name.startswith(prefix)
     }
-    _read(checkpoint, tensors, no_dist=True)
+    parts = {name: Part.of_whole(tensor) for name, tensor in tensors.items()}
+    _read(checkpoint, parts, no_dist=True)
     return tensors
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+def _write(target: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
+    named: dict[str, object] = {name: part.local for name, part in parts.items()}
     try:
         with _quiet():
             writer = FileSystemWriter(target, sync_files=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=no_dist)
+            planner = PartsWriter(parts)
+            dcp.save(named, storage_writer=writer, planner=planner, no_dist=no_dist)
     except OSError as error:
         hint = "is there space? The complete checkpoints are as they were"
         raise PacelineError(f"{target} cannot be written: {error}", hint=hint) from error
 
 
-def _read(checkpoint: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+def _read(checkpoint: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
+    named: dict[str, object] = {name: part.local for name, part in parts.items()}
     try:
         with _quiet():
-            dcp.load(dict(tensors), storage_reader=FileSystemReader(checkpoint), no_dist=no_dist)
+            reader, planner = FileSystemReader(checkpoint), PartsReader(parts)
+            dcp.load(named, storage_reader=reader, planner=planner, no_dist=no_dist)
     except Exception as error:  # whatever torch stumbles over in files that are not its own
         raise DataError(f"{checkpoint} cannot be read: {error}") from error
 
 
-def _require_same(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    for name in manifest.tensors.keys() ^ tensors.keys():
+def _require_same(
+    checkpoint: Path, manifest: Manifest, parts: Mapping[str, Part], world: World
+) -> None:
+    names = {name for of_rank in world.collect(list(parts)) for name in of_rank}
+    for name in manifest.tensors.keys() ^ names:
         side = "the checkpoint" if name in manifest.tensors else "this run"
         raise DataError(
             f"{checkpoint}: only {side} has the tensor {name}",
             hint="resume with the model and the plan of the run that saved it",
         )
-    for name, tensor in tensors.items():
-        if (shape := tuple(tensor.shape)) != manifest.tensors[name].shape:
+    for name, part in parts.items():
+        if (shape := part.place.shape) != manifest.tensors[name].shape:
             stored = manifest.tensors[name].shape
             raise DataError(f"{checkpoint}: {name} has shape {stored}, this run wants {shape}")
 
 
-def _manifest(
-    target: Path, step: int, tensors: Mapping[str, Tensor], plan: Plan, spec: ModelSpec
-) -> Manifest:
+def _manifest(target: Path, step: int, plan: Plan, spec: ModelSpec) -> Manifest:
+    stored = FileSystemReader(target).read_metadata().state_dict_metadata
     files = sorted(file for file in target.iterdir() if file.is_file())
     return Manifest(
         step=step,
@@ -147,8 +157,9 @@ def _manifest(
         model=spec.to_dict(),
         files={f.name: FileEntry(f.stat().st_size, sha256(f)) for f in files},
         tensors={
-            name: TensorEntry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in tensors.items()
+            name: TensorEntry(tuple(t.size), str(t.properties.dtype).removeprefix("torch."))
+            for name, t in stored.items()
+            if isinstance(t, TensorStorageMetadata)
         },
     )
 

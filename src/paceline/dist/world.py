@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -15,7 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from paceline.core.env import rank_environment
 from paceline.core.errors import RankError, UsageError
 from paceline.dist.collectives import Traffic
+from paceline.dist.compat import all_gather, reduce_scatter
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=10)
 # A user should read the first error and no other. A rank that fails leaves time to its launcher,
@@ -32,7 +36,7 @@ class World:
         device: where this rank computes.
 
     Attributes:
-        traffic: what this rank has sent through `sum`, for comparison with cost models.
+        traffic: what this rank has sent, for comparison with cost models.
     """
 
     def __init__(self, mesh: MeshConfig, rank: int, device: torch.device) -> None:
@@ -40,6 +44,7 @@ class World:
         self.rank = rank
         self.device = device
         self.traffic = Traffic()
+        self._coordinate = mesh.coordinate(rank)
         self._device_mesh: DeviceMesh | None = None
         self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
         if mesh.num_ranks > 1:
@@ -61,13 +66,75 @@ class World:
         assert self._device_mesh is not None, "a world of one rank has no device mesh"
         return self._device_mesh[axes]
 
+    def degree(self, axis: str) -> int:
+        """How many ranks there are along an axis of the mesh."""
+        return getattr(self.mesh, axis)
+
+    def coordinate(self, axis: str) -> int:
+        """Where this rank is along an axis of the mesh."""
+        return self._coordinate[axis]
+
     def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
-        """Sums a tensor in place over the ranks that differ only on `axes`, and returns it."""
-        if all(getattr(self.mesh, axis) == 1 for axis in axes):
-            return tensor
-        self.traffic.add("all-reduce", axes, tensor.nbytes, purpose)
-        torch.distributed.all_reduce(tensor, group=self._group(axes))
+        """Sums a tensor in place over the ranks that differ only on `axes`, and returns it.
+
+        Both data axes are one step, every other axis one of its own.
+        """
+        for step in _steps(axes):
+            if any(self.degree(axis) > 1 for axis in step):
+                self.traffic.add("all-reduce", step, tensor.nbytes, purpose)
+                torch.distributed.all_reduce(tensor, group=self._group(step))
         return tensor
+
+    def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
+        """The largest of each element over the ranks along an axis, in place."""
+        if self.degree(axis) > 1:
+            self.traffic.add("all-reduce", (axis,), tensor.nbytes, purpose)
+            torch.distributed.all_reduce(
+                tensor, torch.distributed.ReduceOp.MAX, group=self._group((axis,))
+            )
+        return tensor
+
+    def gather(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
+        """The tensors of the ranks along an axis, in their order, end to end along dimension 0.
+
+        Args:
+            tensor: of the same shape on every rank.
+            axis: of the mesh.
+            purpose: written down with the bytes of the result.
+        """
+        degree = self.degree(axis)
+        if degree == 1:
+            return tensor
+        whole = tensor.new_empty(degree * tensor.shape[0], *tensor.shape[1:])
+        self.traffic.add("all-gather", (axis,), whole.nbytes, purpose)
+        group = self._group((axis,))
+        all_gather(whole, tensor.contiguous(), group=group)
+        return whole
+
+    def reduce_scatter(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
+        """This rank's part of the sum of a tensor over the ranks along an axis.
+
+        Args:
+            tensor: of the same shape on every rank; dimension 0 is cut into equal parts.
+            axis: of the mesh.
+            purpose: written down with the bytes of `tensor`.
+        """
+        degree = self.degree(axis)
+        if degree == 1:
+            return tensor
+        part = tensor.new_empty(tensor.shape[0] // degree, *tensor.shape[1:])
+        self.traffic.add("reduce-scatter", (axis,), tensor.nbytes, purpose)
+        group = self._group((axis,))
+        reduce_scatter(part, tensor.contiguous(), group=group)
+        return part
+
+    def collect(self, value: T) -> list[T]:
+        """What every rank gives, plain data, in order of rank."""
+        if self.mesh.num_ranks == 1:
+            return [value]
+        found: list[T] = [value] * self.mesh.num_ranks
+        torch.distributed.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
@@ -78,6 +145,13 @@ class World:
         if len(axes) == 1:
             return self.device_mesh(*axes).get_group()
         return self._groups[axes]
+
+
+def _steps(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The axes in the groups that there are: the data axes as one where both are wanted."""
+    if not set(DATA_AXES) <= set(axes):
+        return [(axis,) for axis in axes]
+    return [DATA_AXES, *((axis,) for axis in axes if axis not in DATA_AXES)]
 
 
 def join_ranks(mesh: MeshConfig, device: torch.device) -> int:

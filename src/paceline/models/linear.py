@@ -17,10 +17,11 @@ from paceline.kernels.norm import rms_norm
 from paceline.plan.model_spec import ModelSpec
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``x W^T + b`` in the dtype of x, from x, W and b, which are cast."""
+"""``product(x, weight, bias) -> x W^T + b`` in the dtype of x; the weights are of any dtype."""
 
 
-def plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def cast_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain product, of weights cast to the dtype of x."""
     return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -28,10 +29,11 @@ class Linear(nn.Linear):
     """``y = x W^T + b`` in the dtype of x.
 
     Attributes:
-        product: how it is computed; another one may put its weight gradient off.
+        product: what multiplies; another may sum its result over ranks, or put off the gradient of
+            the weight.
     """
 
-    product: Product = staticmethod(plain_product)
+    product: Product = staticmethod(cast_product)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
         return self.product(input, self.weight, self.bias)

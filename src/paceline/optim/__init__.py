@@ -6,4 +6,4 @@ OPTIMIZERS = NameTable(
     "optimizer",
     {"adamw": "paceline.optim.adamw:build", "sgd": "paceline.optim.sgd:build"},
 )
-"""Name to ``build(model, config) -> torch.optim.Optimizer`` with its state in place."""
+"""Name to ``build(parameters, config) -> torch.optim.Optimizer`` with its state in place."""

@@ -8,18 +8,20 @@ Differs: no; torch's fused implementation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor
 
 from paceline.optim.groups import parameter_groups
 from paceline.plan.plan import OptimizerConfig
 
 
-def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters, its moments in place and zero."""
     beta1, beta2 = config.betas
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config),
+        parameter_groups(parameters, config),
         lr=config.lr,
         betas=(beta1, beta2),
         eps=config.eps,

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from paceline.core.errors import DataError
 from paceline.dist.world import World
+from paceline.optim.parts import Part
 from paceline.plan.mesh import DATA_AXES
 
 
@@ -52,9 +52,11 @@ class LossScale:
         """The mean loss of the step, the same on every rank.
 
         Args:
-            local_sum: sum of the losses of this rank's micro-batches, float64.
+            local_sum: sum of the losses of this rank's micro-batches, float64; 0 on the ranks of
+                a pipeline that do not see the loss.
         """
-        return self._world.sum(local_sum, DATA_AXES, purpose="loss").item() / self.count
+        axes = ("pp", *DATA_AXES)
+        return self._world.sum(local_sum, axes, purpose="loss").item() / self.count
 
 
 def global_mean(loss_sum: Tensor, count: int) -> Tensor:
@@ -90,26 +92,26 @@ def global_mean(loss_sum: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def global_norm(
-    parameters: Iterable[nn.Parameter], split_axes: Sequence[str], world: World
-) -> float:
+def global_norm(parts: Iterable[Part], spread_axes: Sequence[str], world: World) -> float:
     """The norm of the whole gradient, the same on every rank.
 
     Args:
-        parameters: those without a gradient are left out.
-        split_axes: mesh axes over which gradients are split.
+        parts: of the parameters; those without a gradient are left out.
+        spread_axes: mesh axes over which parameters are spread. Along these, each element is
+            counted by its owner alone.
         world: to sum the squares over.
     """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [part.owned_gradient for part in parts]
+    gradients = [gradient for gradient in gradients if gradient is not None]
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for norm in norms:
         total += norm.double().square()
-    return math.sqrt(world.sum(total, tuple(split_axes), purpose="gradient norm").item())
+    return math.sqrt(world.sum(total, tuple(spread_axes), purpose="gradient norm").item())
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> float:
+def clip(parts: Iterable[Part], norm: float, max_norm: float) -> float:
     """Scales gradients in place so that their norm is at most `max_norm`; 0 means no bound.
 
     Returns:
@@ -117,12 +119,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> fl
     """
     factor = max_norm / norm if 0 < max_norm < norm else 1.0
     if factor != 1.0:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local(parameter.grad).mul_(factor)
+        for part in parts:
+            if part.gradient is not None:
+                part.gradient.mul_(factor)
     return factor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be split."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

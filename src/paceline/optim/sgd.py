@@ -8,17 +8,19 @@ Differs: heavy-ball momentum, no Nesterov step. Unlike Adam it does not hide a w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor
 
 from paceline.optim.groups import parameter_groups
 from paceline.plan.plan import OptimizerConfig
 
 
-def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters, its momentum in place and zero."""
     optimizer = torch.optim.SGD(
-        parameter_groups(model, config), lr=config.lr, momentum=config.betas[0]
+        parameter_groups(parameters, config), lr=config.lr, momentum=config.betas[0]
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:

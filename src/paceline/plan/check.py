@@ -23,20 +23,13 @@ from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig, Plan
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.pp": (1,),
     "mesh.cp": (1,),
-    "mesh.tp": (1,),
     "mesh.ep": (1,),
     "zero.stage": (None, 0, 3),
-    "tensor.sequence_parallel": (True,),
-    "pipeline.schedule": ("one-f-one-b",),
-    "pipeline.stages_per_rank": (1,),
-    "pipeline.stage_cuts": (None,),
     "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
-    "memory.remat": ("none",),
     "precision.params": ("float32", "float64"),
     "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
@@ -228,6 +221,35 @@ def _context_fits(known: Known) -> Iterator[Problem]:
         yield _problem(known, "train.sequence_length", rule)
 
 
+def _tensor_fits(known: Known) -> Iterator[Problem]:
+    """Every rank has something of each matrix that is split."""
+    degree, spec = known.plan.mesh.tp, known.spec
+    if degree == 1:
+        if not known.plan.tensor.sequence_parallel:
+            path, rule = "tensor.sequence_parallel", "says how mesh.tp ranks share, which is 1"
+            yield _problem(known, path, rule, "set mesh.tp, or leave it out")
+        return
+    if known.plan.train.compile == "on":
+        rule = "has not been proved with mesh.tp > 1"
+        yield _problem(known, "train.compile", rule, 'use "auto" or "off"')
+    if known.plan.peft.method != "none":
+        rule = "has not been proved with mesh.tp > 1"
+        yield _problem(known, "peft.method", rule, 'use mesh.tp = 1, or peft.method = "none"')
+    if spec is None:
+        return
+    for what, most in (
+        ("query heads", spec.num_heads),
+        ("columns of the feed-forward", spec.d_ffn),
+        ("words of the vocabulary", spec.vocab_size),
+    ):
+        if degree > most:
+            rule = f"exceeds the model's {most} {what}"
+            yield _problem(known, "mesh.tp", rule, f"use at most {most}")
+    if spec.qk_norm == "all" and spec.norm == "layer":
+        rule = "cannot split a layer norm over all heads"
+        yield _problem(known, "mesh.tp", rule, "use 1")
+
+
 def _peft_alone(known: Known) -> Iterator[Problem]:
     """Fine-tuning freezes the model itself, and its options belong to methods."""
     peft, unset = known.plan.peft, PeftConfig()
@@ -332,6 +354,7 @@ RULES: tuple[Rule, ...] = (
     _zero_needs_shards,
     _one_float64,
     _context_fits,
+    _tensor_fits,
     _peft_alone,
     _stages_per_rank,
     _whole_rounds,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from paceline.optim.parts import Part
 from paceline.parallel.apply import ParallelModel
+from paceline.plan.layout import Place
 
 
 @dataclass(slots=True)
@@ -24,16 +25,18 @@ class State:
     optimizer: torch.optim.Optimizer
     step: int = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, sharing memory with the live state.
+    def parts(self) -> dict[str, Part]:
+        """Everything that this rank holds, by name, sharing memory with the live state.
 
         Where fine-tuning has added parameters, these alone: the model's own are as MODEL has them.
         """
-        named: dict[str, Tensor] = {}
-        for name, parameter in self.model.module.named_parameters():
+        named: dict[str, Part] = {}
+        for name, (parameter, place) in self.model.parts.items():
             if self.model.added and name not in self.model.added:
                 continue
-            named[f"model.{name}"] = parameter.detach()
+            named[f"model.{name}"] = Part(parameter.detach(), place)
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                named[f"optimizer.{name}.{key}"] = value
+                # Moments lie as their parameter does; the counter of steps is a scalar.
+                lies = place if value.ndim else Place.of_whole(())
+                named[f"optimizer.{name}.{key}"] = Part(value, lies)
         return named

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from paceline.core.errors import PacelineError
 from paceline.data.batch import Batch
 from paceline.dist.world import World
@@ -48,6 +46,7 @@ def train_step(
         group["lr"] = learning_rate
     state.optimizer.step()
     state.optimizer.zero_grad()
+    state.model.finish_update()
     state.step += 1
     return result
 
@@ -67,20 +66,16 @@ def compute_gradients(
     """
     model = state.model
     scale = LossScale(sum(batch.count for batch in batches), world)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
-        loss = objective(model.module, batch.to(world.device))
-        scale.scaled(loss).backward()
-        loss_sum += loss.detach()
-    model.data.finish_gradients(model.module)
-    parameters = model.trained_parameters()
-    norm = global_norm(parameters, model.data.split_axes, world)
+    loss_sum = model.passes.train(batches, objective, scale.scaled)
+    model.finish_gradients()
+    parts = list(model.parts.values())
+    norm = global_norm(parts, model.spread_axes, world)
     if not math.isfinite(norm):
         hint = "a lower optimizer.lr, or resume from a checkpoint before it"
         raise PacelineError(f"step {state.step + 1}: the gradient's norm is {norm}", hint=hint)
     return StepResult(
         loss=scale.mean_loss(loss_sum),
         grad_norm=norm,
-        clip_factor=clip(parameters, norm, max_norm),
+        clip_factor=clip(parts, norm, max_norm),
         valid_tokens=scale.count,
     )

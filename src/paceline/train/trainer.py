@@ -67,7 +67,7 @@ class Trainer:
         self.objective = objective
         self.clock = clock or WallClock()
         model = apply(source.spec, source.weights, plan, world)
-        optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer)
+        optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.parameters(), plan.optimizer)
         self.state = State(model, optimizer)
         self.evaluation: EvalRecord | None = None
         self._peak_flops = 0.0
@@ -81,7 +81,7 @@ class Trainer:
         """
         if self.state.model.added:
             require_same_model(self.config, self.source)
-        manifest = store.load(checkpoint, self.state.tensors(), self.world)
+        manifest = store.load(checkpoint, self.state.parts(), self.world)
         self.state.step = manifest.step
 
     def run(self) -> StepRecord | None:
@@ -165,7 +165,7 @@ class Trainer:
         path = store.save(
             self.folder.checkpoints,
             self.state.step,
-            self.state.tensors(),
+            self.state.parts(),
             self.plan,
             self.source.spec,
             self.world,
@@ -181,7 +181,13 @@ class Trainer:
             return
         start_s = self.clock.now_s()
         batches = self.held_out.batches(self.world.data_index)
-        result = evaluate(self.state.model, batches, self.objective, self.world)
+        result = evaluate(
+            self.state.model,
+            batches,
+            self.objective,
+            self.world,
+            num_microbatches=self.plan.mesh.pp,
+        )
         self.evaluation = EvalRecord(
             step=step,
             loss=result.loss,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from paceline.core import rng
 from paceline.data.loader import Loader
@@ -29,13 +28,20 @@ from paceline.optim import OPTIMIZERS
 from paceline.optim.schedule import learning_rate
 from paceline.parallel.apply import apply, freeze
 from paceline.plan.batch import batch_shape
+from paceline.plan.layout import Box, Place
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan, PrecisionConfig, ZeroConfig
 from paceline.train.objective.next_token import next_token
 from paceline.train.state import State
 from paceline.train.step import StepResult, compute_gradients
-from paceline.verify.compare import gradient_errors, relative_error, weight_errors
+from paceline.verify.compare import (
+    Piece,
+    gradient_errors,
+    relative_error,
+    uncovered,
+    weight_errors,
+)
 from paceline.verify.oracle import OracleStep, run_oracle
 
 BOUND = 1e-12
@@ -80,6 +86,12 @@ class _Errors:
     weights: dict[str, float]
     loss: float
     worst: tuple[float, str]
+    gradient_boxes: dict[str, set[Box]]
+    weight_boxes: dict[str, set[Box]]
+
+    @classmethod
+    def none(cls) -> _Errors:
+        return cls({}, {}, 0.0, (0.0, "none"), {}, {})
 
     def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
         for name, error in found.items():
@@ -93,6 +105,13 @@ class _Errors:
                 mine[name] = max(mine.get(name, 0.0), error)
         self.loss = max(self.loss, other.loss)
         self.worst = max(self.worst, other.worst)
+        _join(self.gradient_boxes, other.gradient_boxes)
+        _join(self.weight_boxes, other.weight_boxes)
+
+
+def _join(boxes: dict[str, set[Box]], others: Mapping[str, set[Box]]) -> None:
+    for name, of_name in others.items():
+        boxes.setdefault(name, set()).update(of_name)
 
 
 def _finite(error: float) -> float:
@@ -117,7 +136,7 @@ def certify(
     """
     spec = spec or PRESETS["tiny"]
     weights = weights or RandomWeights(spec)
-    errors = _Errors({}, {}, 0.0, (0.0, "none"))
+    errors = _Errors.none()
     for case, (optimizer, pack) in CASES.items():
         say(f"comparing with the oracle: {case}")
         errors.merge(_certify_case(case, _hard(plan, spec, optimizer, pack), spec, weights))
@@ -188,12 +207,15 @@ def _certify_case(case: str, plan: Plan, spec: ModelSpec, weights: Weights) -> _
         world = World(mesh, rank, torch.device("cpu"))
         return _compare(case, plan, spec, weights, store, world, expected)
 
-    if mesh.num_ranks == 1:
-        return run(0)
-    found = run_ranks(run, mesh.num_ranks, timeout_s=600)
-    for other in found[1:]:
-        found[0].merge(other)
-    return found[0]
+    errors = _Errors.none()
+    found = [run(0)] if mesh.num_ranks == 1 else run_ranks(run, mesh.num_ranks, timeout_s=600)
+    for of_rank in found:
+        errors.merge(of_rank)
+    for name in uncovered(errors.gradient_boxes, expected[0].gradients):
+        errors.add(errors.gradients, {name: math.inf}, f"{case}, ranks lack some of its gradient")
+    for name in uncovered(errors.weight_boxes, expected[0].weights):
+        errors.add(errors.weights, {name: math.inf}, f"{case}, ranks lack some of it")
+    return errors
 
 
 def _oracle_steps(
@@ -219,23 +241,25 @@ def _compare(
 ) -> _Errors:
     """Trains on this rank and compares everything that it can see."""
     model = apply(spec, weights, plan, world, added=_Disturbed(plan, spec, weights))
-    state = State(model, OPTIMIZERS.load(plan.optimizer.name)(model.module, plan.optimizer))
+    state = State(model, OPTIMIZERS.load(plan.optimizer.name)(model.parameters(), plan.optimizer))
     loader = Loader(store, plan, end_token=0)
-    errors = _Errors({}, {}, 0.0, (0.0, "none"))
+    errors = _Errors.none()
     for step, oracle in enumerate(expected, start=1):
         batches = loader.microbatches(step, world.data_index)
         limit = plan.optimizer.clip_norm
         result = compute_gradients(state, batches, next_token, world, max_norm=limit)
-        parameters = dict(model.module.named_parameters())
-        gradients = {name: _whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        gradients = _pieces({n: (part.gradient, part.place) for n, part in model.parts.items()})
+        _join(errors.gradient_boxes, {name: {box} for name, (_, box) in gradients.items()})
+        where = f"{case}, step {step}, rank {world.rank}"
+        errors.add(errors.gradients, gradient_errors(gradients, oracle.gradients), where)
+        errors.add(errors.gradients, _scale_errors(result, oracle), where)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(plan.optimizer, step, _NUM_STEPS)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        where = f"{case}, step {step}, rank {world.rank}"
-        errors.add(errors.gradients, gradient_errors(gradients, oracle.gradients), where)
-        errors.add(errors.gradients, _scale_errors(result, oracle), where)
-        found = {name: _whole(p.detach()) for name, p in parameters.items()}
+        model.finish_update()
+        found = _pieces({n: (part.local.detach(), part.place) for n, part in model.parts.items()})
+        _join(errors.weight_boxes, {name: {box} for name, (_, box) in found.items()})
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
         errors.loss = max(errors.loss, _finite(relative_error(result.loss, oracle.loss)))
     return errors
@@ -248,8 +272,10 @@ def _scale_errors(result: StepResult, oracle: OracleStep) -> dict[str, float]:
     }
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _pieces(named: Mapping[str, tuple[Tensor | None, Place]]) -> dict[str, Piece]:
+    """What there is and is not empty."""
+    found = {name: (tensor, place.box) for name, (tensor, place) in named.items()}
+    return {n: (t, box) for n, (t, box) in found.items() if t is not None and box.num_elements}
 
 
 def _documents(plan: Plan, spec: ModelSpec) -> TokenStore:

@@ -29,7 +29,13 @@ from paceline.parallel.module import parallelize
 from paceline.plan.check import require
 from paceline.plan.plan import Plan, PrecisionConfig
 from paceline.verify.certify import BOUND, Certificate
-from paceline.verify.compare import gradient_errors, relative_error, weight_errors
+from paceline.verify.compare import (
+    gradient_errors,
+    relative_error,
+    uncovered,
+    weight_errors,
+    whole_pieces,
+)
 
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``forward(module, tokens_BT, is_text_BT) -> logits_BTV``."""
@@ -203,9 +209,13 @@ def _call(module: nn.Module, tokens_BT: Tensor, is_text_BT: Tensor) -> Tensor:
 
 
 def _compare(found: _Step, expected: _Step, where: str) -> Iterator[_Error]:
-    for name, error in gradient_errors(found.gradients, expected.gradients).items():
+    gradients, weights = whole_pieces(found.gradients), whole_pieces(found.weights)
+    boxes = {name: [box] for name, (_, box) in gradients.items()}
+    for name in uncovered(boxes, expected.gradients):
+        yield _error(float("inf"), "gradient", name, where)
+    for name, error in gradient_errors(gradients, expected.gradients).items():
         yield _error(error, "gradient", name, where)
-    for name, error in weight_errors(found.weights, expected.weights).items():
+    for name, error in weight_errors(weights, expected.weights).items():
         yield _error(error, "weight", name, where)
     yield _error(relative_error(found.loss, expected.loss), "loss", "loss", where)
 

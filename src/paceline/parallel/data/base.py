@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from paceline.dist.world import World
 from paceline.models.decoder import Decoder
+from paceline.optim.parts import Part
+from paceline.plan.layout import Place
 from paceline.plan.plan import PrecisionConfig
 
 
@@ -22,8 +25,8 @@ class DataParallel(ABC):
         precision: dtypes of compute and of the reduction.
     """
 
-    split_axes: tuple[str, ...] = ()
-    """Mesh axes over which parameters and gradients are split after `wrap`."""
+    spread_axes: tuple[str, ...] = ()
+    """Mesh axes over which the parts that `hold` gives are spread."""
 
     def __init__(self, world: World, precision: PrecisionConfig) -> None:
         self.world = world
@@ -38,8 +41,21 @@ class DataParallel(ABC):
         """Gives a parameter its value, or this rank's part of it."""
 
     @abstractmethod
+    def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
+        """What this rank moves and saves of each parameter; called once, after `put`.
+
+        Args:
+            model: with its weights.
+            places: where this model's parameters lie in the whole one's.
+        """
+
+    @abstractmethod
     def finish_gradients(self, model: Decoder) -> None:
-        """Called after the last backward of a step; then gradients are whole sums."""
+        """Called after the last backward of a step; then gradients of parts are sums over ranks."""
+
+    @abstractmethod
+    def finish_update(self, model: Decoder) -> None:
+        """Called after the optimizer has moved the parts; then the model is ready for a pass."""
 
     @abstractmethod
     def finish_evaluation(self, model: Decoder) -> None:

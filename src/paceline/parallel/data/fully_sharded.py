@@ -10,6 +10,7 @@ Differs: gradients are summed, not averaged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
+from paceline.optim.parts import Part
 from paceline.parallel.data.base import DataParallel
+from paceline.plan.layout import Place, padded_share
 
 
 class FullySharded(DataParallel):
     """ZeRO stage 3, over `dp_shard`; whole replicas of it over `dp_replicate`."""
 
-    split_axes = ("dp_shard",)
+    spread_axes = ("dp_shard",)
 
     def wrap(self, model: Decoder) -> None:
         is_hybrid = self.world.mesh.dp_replicate > 1
@@ -50,8 +53,19 @@ class FullySharded(DataParallel):
         )
         parameter.copy_(part)
 
+    def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
+        degree, index = self.world.mesh.dp_shard, self.world.coordinate("dp_shard")
+
+        def rows(place: Place) -> Place:
+            return place.rows(padded_share(place.box.sizes[0], degree, index))
+
+        return {name: Part(p, rows(places[name])) for name, p in model.named_parameters()}
+
     def finish_gradients(self, model: Decoder) -> None:
         pass  # reduced during each backward pass
+
+    def finish_update(self, model: Decoder) -> None:
+        pass  # parts are gathered when they are needed
 
     def finish_evaluation(self, model: Decoder) -> None:
         # The outermost unit keeps what it has gathered until its backward pass.

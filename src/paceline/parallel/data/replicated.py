@@ -8,17 +8,18 @@ Differs: buckets are reduced after the last backward pass, without overlap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from paceline.models.decoder import Decoder
 from paceline.models.weights import copy_whole
+from paceline.optim.parts import Part
+from paceline.parallel.buckets import sum_in_buckets
 from paceline.parallel.data.base import DataParallel
+from paceline.plan.layout import Place
 from paceline.plan.mesh import DATA_AXES
-
-_BUCKET_BYTES = 25 << 20
 
 
 class Replicated(DataParallel):
@@ -30,6 +31,9 @@ class Replicated(DataParallel):
     def put(self, parameter: nn.Parameter, value: Tensor) -> None:
         copy_whole(parameter, value)
 
+    def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
+        return {name: Part(p, places[name]) for name, p in model.named_parameters()}
+
     @torch.no_grad()
     def finish_gradients(self, model: Decoder) -> None:
         if self.world.mesh.num_data_ranks == 1:
@@ -39,26 +43,10 @@ class Replicated(DataParallel):
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            self.world.sum(flat, DATA_AXES, purpose="gradients")
-            sizes = [gradient.numel() for gradient in bucket]
-            for gradient, total in zip(bucket, flat.split(sizes), strict=True):
-                gradient.copy_(total.view_as(gradient))
+        sum_in_buckets(gradients, self.world, DATA_AXES, purpose="gradients")
+
+    def finish_update(self, model: Decoder) -> None:
+        pass  # every rank has moved everything
 
     def finish_evaluation(self, model: Decoder) -> None:
         pass  # nothing was gathered
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in order, in groups of about `_BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
-    size_bytes = 0
-    for gradient in gradients:
-        bucket.append(gradient)
-        size_bytes += gradient.nbytes
-        if size_bytes >= _BUCKET_BYTES:
-            yield bucket
-            bucket, size_bytes = [], 0
-    if bucket:
-        yield bucket

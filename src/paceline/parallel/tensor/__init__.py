@@ -1,0 +1,1 @@
+"""Tensor parallelism: matrices split over the `tp` axis."""
