@@ -19,8 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
 from paceline.data.rows import DocumentRows, PackedRows
+from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.dist.world import World
 from paceline.kernels import cross_entropy
+from paceline.kernels.deferred import DeferredGradients
 from paceline.kernels.device import choose_dtype
 from paceline.models.layout import Layout
 from paceline.models.tied import TiedEmbedding
@@ -32,6 +34,7 @@ from paceline.parallel import buckets
 from paceline.parallel.data import fully_sharded
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
+from paceline.parallel.pipeline.passes import Passes
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PipelineConfig, Plan, TrainConfig
@@ -56,6 +59,7 @@ SPEC = ModelSpec(
 REPLICATED = MeshConfig(dp_replicate=2)
 SHARDED = MeshConfig(dp_shard=2)
 HYBRID = MeshConfig(dp_replicate=2, dp_shard=2)
+PIPELINE = MeshConfig(pp=2)
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch, int], None]
@@ -88,12 +92,14 @@ def certify_with(monkeypatch: Patch, mesh: MeshConfig, mutate: Mutant, *cases: s
     plan = Plan(
         mesh=mesh,
         train=TrainConfig(sequence_length=16, tokens_per_step=16 * 12),
-        pipeline=PipelineConfig(num_microbatches=3),
+        pipeline=PipelineConfig(
+            num_microbatches=3, schedule="one-f-one-b" if mesh.pp == 1 else "zero-bubble"
+        ),
     )
     return certify(plan, SPEC, RandomWeights(SPEC, seed=2))
 
 
-@pytest.mark.parametrize("mesh", [REPLICATED, SHARDED, HYBRID], ids=str)
+@pytest.mark.parametrize("mesh", [REPLICATED, SHARDED, HYBRID, PIPELINE], ids=str)
 def test_without_a_defect_the_same_path_is_certified(monkeypatch, mesh):
     certificate = certify_with(monkeypatch, mesh, lambda _patch, _rank: None, *CASES)
     assert certificate.certified, certificate.worst
@@ -355,6 +361,108 @@ def one_rank_s_update_skipped(patch: Patch, rank: int) -> None:
     if rank == 1:
         for optimizer in (torch.optim.AdamW, torch.optim.SGD):
             patch.setattr(optimizer, "step", lambda _self: None)
+
+
+# Pipelines
+
+
+@mutant(PIPELINE)
+def a_weight_pass_dropped(patch: Patch, _rank: int) -> None:
+    original = DeferredGradients.compute
+
+    def compute(self: DeferredGradients, key: Any, on_ready: Any = None) -> None:
+        if key != (0, 1):
+            original(self, key, on_ready)
+
+    patch.setattr(DeferredGradients, "compute", compute)
+
+
+@mutant(PIPELINE, PACKED)
+def weight_passes_that_overwrite(patch: Patch, _rank: int) -> None:
+    original = DeferredGradients.compute
+
+    def compute(self: DeferredGradients, key: Any, on_ready: Any = None) -> None:
+        for product in self._owed.get(key, []):
+            if product.weight is not None:
+                product.weight.grad = None
+        original(self, key, on_ready)
+
+    patch.setattr(DeferredGradients, "compute", compute)
+
+
+@mutant(PIPELINE)
+def gradients_of_borders_averaged_over_micro_batches(patch: Patch, _rank: int) -> None:
+    original = PointToPoint.send
+
+    def send(self: PointToPoint, tensor: Any, destination: int, purpose: str) -> None:
+        share = 3 if purpose == "activation gradients" else 1
+        original(self, tensor / share, destination, purpose)
+
+    patch.setattr(PointToPoint, "send", send)
+
+
+@mutant(PIPELINE, PACKED)
+def an_activation_sent_twice_and_the_next_never(patch: Patch, _rank: int) -> None:
+    original, sent = PointToPoint.send, []
+
+    def send(self: PointToPoint, tensor: Any, destination: int, purpose: str) -> None:
+        if purpose == "activations":
+            sent.append(tensor)
+            tensor = sent[-2] if len(sent) % 3 == 2 else tensor
+        original(self, tensor, destination, purpose)
+
+    patch.setattr(PointToPoint, "send", send)
+
+
+@mutant(PIPELINE)
+def a_border_without_gradient(patch: Patch, _rank: int) -> None:
+    original = PointToPoint.send
+
+    def send(self: PointToPoint, tensor: Any, destination: int, purpose: str) -> None:
+        keeps = 0 if purpose == "activation gradients" else 1
+        original(self, tensor * keeps, destination, purpose)
+
+    patch.setattr(PointToPoint, "send", send)
+
+
+@mutant(PIPELINE)
+def both_ends_of_a_tied_matrix_apart(patch: Patch, _rank: int) -> None:
+    patch.setattr(Passes, "finish_gradients", lambda _self, _parts: None)
+
+
+@mutant(PIPELINE)
+def one_end_of_a_tied_matrix_alone(patch: Patch, rank: int) -> None:
+    """The rank with the head forgets what the embedding adds; the two copies part."""
+    original = PendingTensor.wait
+
+    def wait(self: PendingTensor) -> Any:
+        tensor = original(self)
+        is_matrix = tuple(tensor.shape) == (SPEC.vocab_size, SPEC.d_model)
+        return tensor * 0 if rank == 1 and is_matrix else tensor
+
+    patch.setattr(PendingTensor, "wait", wait)
+
+
+@mutant(PIPELINE)
+def the_gradient_s_norm_of_one_stage_alone(patch: Patch, _rank: int) -> None:
+    original = World.sum
+
+    def alone(self: World, tensor: Any, axes: tuple[str, ...], *, purpose: str) -> Any:
+        without = tuple(axis for axis in axes if axis != "pp")
+        return original(self, tensor, without, purpose=purpose) if without else tensor
+
+    patch.setattr(World, "sum", alone)
+
+
+@mutant(PIPELINE)
+def micro_batches_that_swap_labels(patch: Patch, rank: int) -> None:
+    """The last stage takes the losses of the other micro-batches than those that reach it."""
+    original = Passes._forward
+
+    def forward(self: Passes, stage: int, microbatch: int, x: Any) -> Any:
+        return original(self, stage, microbatch if rank == 0 else 2 - microbatch, x)
+
+    patch.setattr(Passes, "_forward", forward)
 
 
 # Data
