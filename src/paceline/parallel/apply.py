@@ -207,8 +207,9 @@ def is_compiled(plan: Plan, device: torch.device) -> bool:
     """Whether blocks are compiled on a device; for float64, which proves plans, only when told."""
     if plan.train.compile != "auto":
         return plan.train.compile == "on"
-    is_alone = plan.mesh.tp == plan.mesh.pp == 1
-    return is_alone and device.type == "cuda" and plan.precision.compute != "float64"
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    is_plain = plan.mesh.tp == plan.mesh.pp == 1 and not schedule.splits_backward
+    return is_plain and device.type == "cuda" and plan.precision.compute != "float64"
 
 
 def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:
