@@ -79,7 +79,7 @@ Written by `make certified`, commit {commit}, {today}. Do not edit.
 Each layout trains two steps, once with SGD and momentum on packed documents and once with AdamW on
 padded ones, in float64 on forked gloo ranks, and is compared with one process that writes the same
 steps out as formulas (`verify/oracle.py`). In play everywhere: ranks with unequal numbers of valid
-tokens, a tied embedding, a frozen layer, accumulation, a clip that bites, and sequences of 17 tokens.
+tokens, a tied embedding, a frozen layer, accumulation, a clip that bites, and rows of 17 tokens.
 The error of a gradient is max|a - b| / max(max|b|, 1e-6 G), of each parameter; weights are compared
 in norm. Every figure is the largest over ranks, steps and cases; the bound is {bound:.0e}.
 
@@ -89,7 +89,8 @@ in norm. Every figure is the largest over ranks, steps and cases; the bound is {
 
 ## Random plans
 
-`paceline verify --fuzz {count} --seed {seed}`: {certified} certified, {refused} refused, {failed} failed.
+`paceline verify --fuzz {count} --seed {seed}`:
+{certified} certified, {refused} refused, {failed} failed.
 {refusals}
 
 Largest error of those certified: {worst}.
