@@ -101,7 +101,7 @@ def test_split_axes_say_what_a_rank_holds(plan):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 4096, 25 << 20])
 def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, bucket_bytes):
-    monkeypatch.setattr(replicated, "_BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(replicated, "BUCKET_BYTES", bucket_bytes)
     plan = Plan(mesh=MeshConfig(dp_replicate=2), train=TrainConfig(freeze=FROZEN))
 
     def work(model, world):

@@ -121,9 +121,9 @@ def all_reduce_dropped(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def last_bucket_not_reduced(patch: Patch, _rank: int) -> None:
-    original = replicated._buckets
-    patch.setattr(replicated, "_BUCKET_BYTES", 4096)
-    patch.setattr(replicated, "_buckets", lambda gradients: list(original(gradients))[:-1])
+    original = replicated.buckets
+    patch.setattr(replicated, "BUCKET_BYTES", 4096)
+    patch.setattr(replicated, "buckets", lambda *given: list(original(*given))[:-1])
 
 
 @mutant(SHARDED)

@@ -25,7 +25,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.cp": (1,),
     "mesh.tp": (1,),
     "mesh.ep": (1,),
-    "zero.stage": (None, 0, 3),
     "tensor.sequence_parallel": (True,),
     "pipeline.schedule": ("one-f-one-b",),
     "pipeline.stages_per_rank": (1,),

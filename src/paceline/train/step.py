@@ -72,6 +72,7 @@ def compute_gradients(
     for batch in batches:
         loss = objective(model.module, batch.to(world.device))
         scale.scaled(loss).backward()
+        model.data.finish_pass(model.module)
         loss_sum += loss.detach()
     model.data.finish_gradients(model.module)
     parts = list(model.parts.values())

@@ -6,6 +6,8 @@ STAGES = NameTable(
     "ZeRO stage",
     {
         "0": "paceline.parallel.data.replicated:Replicated",
+        "1": "paceline.parallel.data.optimizer_sharded:OptimizerSharded",
+        "2": "paceline.parallel.data.gradient_sharded:GradientSharded",
         "3": "paceline.parallel.data.fully_sharded:FullySharded",
     },
 )

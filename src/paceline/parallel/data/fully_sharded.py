@@ -34,7 +34,7 @@ class FullySharded(DataParallel):
         axes = ("dp_replicate", "dp_shard") if is_hybrid else ("dp_shard",)
         policy = MixedPrecisionPolicy(
             param_dtype=choose_dtype(self.precision.compute, self.world.device),
-            reduce_dtype=choose_dtype(self.precision.reduce, self.world.device),
+            reduce_dtype=self.reduce_dtype,
             cast_forward_inputs=False,
         )
         mesh = self.world.device_mesh(*axes)
@@ -60,6 +60,9 @@ class FullySharded(DataParallel):
             return place.rows(padded_share(place.box.sizes[0], degree, index))
 
         return {name: Part(p, rows(places[name])) for name, p in model.named_parameters()}
+
+    def finish_pass(self, model: Decoder) -> None:
+        pass  # gradients are reduced as they become ready
 
     def finish_gradients(self, model: Decoder) -> None:
         pass  # reduced during each backward pass

@@ -2,13 +2,14 @@
 
 Source: Li et al., PyTorch Distributed, arXiv:2006.15704, Sec. 3.2 (gradients in buckets).
 Replaces: nothing, it is the default (ZeRO stage 0).  Needs: nothing.  Forbids: nothing.
-Cost: one all-reduce of the gradients a step; no memory saved.
+Cost: an all-reduce of the gradients, P x reduce bytes, a step for P trained parameters; no memory
+    saved.
 Differs: buckets are reduced after the last backward pass, without overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,9 @@ from paceline.models.decoder import Decoder
 from paceline.models.weights import copy_whole
 from paceline.optim.parts import Part
 from paceline.parallel.data.base import DataParallel
+from paceline.parallel.data.rows import BUCKET_BYTES, buckets
 from paceline.plan.layout import Place
 from paceline.plan.mesh import DATA_AXES
-
-_BUCKET_BYTES = 25 << 20
 
 
 class Replicated(DataParallel):
@@ -35,6 +35,9 @@ class Replicated(DataParallel):
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
         return {name: Part(p, places[name]) for name, p in model.named_parameters()}
 
+    def finish_pass(self, model: Decoder) -> None:
+        pass  # gradients are summed once a step
+
     @torch.no_grad()
     def finish_gradients(self, model: Decoder) -> None:
         if self.world.mesh.num_data_ranks == 1:
@@ -44,8 +47,8 @@ class Replicated(DataParallel):
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
+        for bucket in buckets(gradients, BUCKET_BYTES):
+            flat = torch.cat([gradient.flatten() for gradient in bucket]).to(self.reduce_dtype)
             self.world.sum(flat, DATA_AXES, purpose="gradients")
             sizes = [gradient.numel() for gradient in bucket]
             for gradient, total in zip(bucket, flat.split(sizes), strict=True):
@@ -56,17 +59,3 @@ class Replicated(DataParallel):
 
     def finish_evaluation(self, model: Decoder) -> None:
         pass  # nothing was gathered
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients in order, in groups of about `_BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
-    size_bytes = 0
-    for gradient in gradients:
-        bucket.append(gradient)
-        size_bytes += gradient.nbytes
-        if size_bytes >= _BUCKET_BYTES:
-            yield bucket
-            bucket, size_bytes = [], 0
-    if bucket:
-        yield bucket

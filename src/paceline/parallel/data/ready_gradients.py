@@ -1,0 +1,70 @@
+"""Gradients that are summed over ranks as they become ready, unit by unit, in buckets."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from paceline.parallel.data.rows import BUCKET_BYTES
+from paceline.parallel.data.shard_gradients import ShardGradients
+from paceline.parallel.data.units import Unit
+
+
+class ReadyGradients:
+    """Follows backward passes and reduces each unit's gradients when its pass is over.
+
+    What is reduced together follows from the order of units alone, and not from which gradients a
+    rank has, so all ranks bring the same; a gradient that a rank lacks is zero. Gradients that
+    autograd does not bring (`on_ready`) are reduced when the pass that brings them is over.
+
+    Args:
+        gradients: sums them.
+        units: of the model.
+    """
+
+    def __init__(self, gradients: ShardGradients, units: list[Unit]) -> None:
+        self._gradients = gradients
+        trained = set(gradients.parameters)
+        self._trained = {
+            unit: [parameter for parameter in unit.parameters if parameter in trained]
+            for unit in units
+        }
+        self._deferred: set[nn.Parameter] = set()
+        self._open: list[Unit] = []
+        self._bucket: dict[nn.Parameter, None] = {}
+        self._size_bytes = 0
+
+    def begin(self, unit: Unit) -> None:
+        """The backward pass has come to a unit: it has left the others, but for the first."""
+        self._leave([other for other in self._open if not other.is_outer and other is not unit])
+        if unit not in self._open:
+            self._open.append(unit)
+
+    def defer(self, parameter: nn.Parameter) -> None:
+        """A gradient that autograd has not brought is in ``parameter.grad``."""
+        self._deferred.add(parameter)
+        self._add(parameter)
+
+    def finish_pass(self) -> None:
+        """Reduces all that is left of a pass."""
+        self._leave(list(self._open))
+        self._flush()
+
+    def _leave(self, units: list[Unit]) -> None:
+        for unit in units:
+            self._open.remove(unit)
+            for parameter in self._trained[unit]:
+                # One that is deferred comes later, unless this pass was not split.
+                if parameter not in self._deferred or parameter.grad is not None:
+                    self._add(parameter)
+            if self._size_bytes >= BUCKET_BYTES:
+                self._flush()
+
+    def _add(self, parameter: nn.Parameter) -> None:
+        if parameter not in self._bucket:
+            self._bucket[parameter] = None
+            self._size_bytes += parameter.numel() * parameter.dtype.itemsize
+
+    def _flush(self) -> None:
+        bucket, self._bucket, self._size_bytes = list(self._bucket), {}, 0
+        if bucket:
+            self._gradients.reduce(bucket)
