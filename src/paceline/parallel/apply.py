@@ -75,7 +75,7 @@ def apply(
         for block in model.blocks:
             block.compile()
     places = {n: Place.of_whole(tuple(p.shape)) for n, p in model.named_parameters()}
-    data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
+    data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
     fill(model, attached.weights, world.device, put=data.put)
     return ParallelModel(model, data, data.hold(model, places), attached.added)

@@ -44,10 +44,11 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
         replaced in place.
 
     Raises:
-        ConfigError: the plan has problems, or its precision is not the module's.
+        ConfigError: the plan has problems, its precision is not the module's, or its ZeRO stage
+            is neither 0 nor torch's 3.
         UsageError: the number of ranks is not the plan's, or the module has no memory.
     """
-    require(plan)
+    require_for_module(plan)
     device = _device(module)
     _require_precision(module, plan, device)
     is_joined = torch.distributed.is_initialized()
@@ -58,6 +59,17 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
         atexit.register(_leave)
     world = World(plan.mesh, rank, device)
     return _replicate(module, device) if plan.zero_stage == 0 else _shard(module, world)
+
+
+def require_for_module(plan: Plan) -> None:
+    """Raises ConfigError if a plan has problems, or its ZeRO stage is not for any module."""
+    require(plan)
+    if plan.zero_technique not in ("0", "3"):
+        is_own = plan.zero_stage == 3
+        path, value = ("zero.sharder", "own") if is_own else ("zero.stage", plan.zero_stage)
+        rule = "is for models that train lays out; parallelize replicates, or splits by torch"
+        hint = "leave it out" if is_own else "use 0 or 3"
+        raise ConfigError([Problem(path, json.dumps(value), rule, hint)], source="the plan")
 
 
 def _leave() -> None:

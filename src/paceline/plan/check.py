@@ -35,7 +35,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "expert.balance_loss_weight": (0.0,),
     "memory.remat": ("none",),
     "precision.params": ("float32", "float64"),
-    "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
     "checkpoint.levels": (("disk",),),
@@ -206,6 +205,17 @@ def _zero_needs_shards(known: Known) -> Iterator[Problem]:
         yield _problem(known, "zero.stage", rule, "set mesh.dp_shard, or zero.stage = 0")
 
 
+def _sharder_fits(known: Known) -> Iterator[Problem]:
+    """Stage 3 alone has sharders, and torch's wants each backward pass in one piece."""
+    sharder, path = known.plan.zero.sharder, "zero.sharder"
+    if sharder != "auto" and known.plan.zero_stage != 3:
+        rule = f"is for stage 3, and the stage in force is {known.plan.zero_stage}"
+        yield _problem(known, path, rule, "leave it out, or set zero.stage = 3")
+    elif sharder == "torch" and known.plan.mesh.pp > 1:
+        rule = "does not go with mesh.pp > 1, whose backward passes come in parts"
+        yield _problem(known, path, rule, 'use "own"')
+
+
 def _one_float64(known: Known) -> Iterator[Problem]:
     precision = known.plan.precision
     values = [getattr(precision, field.name) for field in fields(precision)]
@@ -241,6 +251,7 @@ RULES: tuple[Rule, ...] = (
     _ranks,
     _whole_batches,
     _zero_needs_shards,
+    _sharder_fits,
     _one_float64,
     _context_fits,
     _peft_alone,

@@ -101,4 +101,6 @@ def gather_rows(parts: Mapping[nn.Parameter, nn.Parameter], world: World) -> Non
         mine = [parts[parameter] for parameter in bucket]
         shapes = [parameter.shape for parameter in bucket]
         share = pack_share(mine, shapes, degree, mine[0].dtype)
-        unpack_whole(world.gather(share, "dp_shard", purpose="parameters"), bucket)
+        flat = world.gather(share, "dp_shard", purpose="parameters")
+        # Not a change that autograd is to know of: to a graph that is alive, values are as before.
+        unpack_whole(flat, [parameter.data for parameter in bucket])

@@ -33,11 +33,21 @@ class ReadyGradients:
         self._bucket: dict[nn.Parameter, None] = {}
         self._size_bytes = 0
 
-    def begin(self, unit: Unit) -> None:
-        """The backward pass has come to a unit: it has left the others, but for the first."""
-        self._leave([other for other in self._open if not other.is_outer and other is not unit])
+    def is_open(self, unit: Unit) -> bool:
+        """Whether the backward pass is in a unit."""
+        return unit in self._open
+
+    def begin(self, unit: Unit) -> list[Unit]:
+        """The backward pass has come to a unit.
+
+        Returns:
+            The units that it has left by that: all others but the first.
+        """
+        left = [other for other in self._open if not other.is_outer and other is not unit]
+        self._leave(left)
         if unit not in self._open:
             self._open.append(unit)
+        return left
 
     def defer(self, parameter: nn.Parameter) -> None:
         """A gradient that autograd has not brought is in ``parameter.grad``."""
@@ -56,13 +66,13 @@ class ReadyGradients:
                 # One that is deferred comes later, unless this pass was not split.
                 if parameter not in self._deferred or parameter.grad is not None:
                     self._add(parameter)
-            if self._size_bytes >= BUCKET_BYTES:
-                self._flush()
 
     def _add(self, parameter: nn.Parameter) -> None:
         if parameter not in self._bucket:
             self._bucket[parameter] = None
             self._size_bytes += parameter.numel() * parameter.dtype.itemsize
+            if self._size_bytes >= BUCKET_BYTES:
+                self._flush()
 
     def _flush(self) -> None:
         bucket, self._bucket, self._size_bytes = list(self._bucket), {}, 0
