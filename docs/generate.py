@@ -21,6 +21,7 @@ import typer.main
 from paceline.cli.main import app
 from paceline.core.config import Config
 from paceline.core.registry import NameTable
+from paceline.memory.remat import REMAT
 from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
 from paceline.optim import OPTIMIZERS
@@ -31,6 +32,7 @@ from paceline.serve.schedule import POLICIES
 DOCS = Path(__file__).parent
 TABLES = {
     "zero.stage": STAGES,
+    "memory.remat": REMAT,
     "peft.method": PEFT,
     "optimizer.name": OPTIMIZERS,
     "serve.policy": POLICIES,

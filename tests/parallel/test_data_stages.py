@@ -14,8 +14,9 @@ from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.models.families.llama import PRESETS
 from paceline.models.weights import RandomWeights
+from paceline.parallel import buckets
 from paceline.parallel.apply import apply
-from paceline.parallel.data import STAGES, replicated
+from paceline.parallel.data import STAGES
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import Plan, TrainConfig, ZeroConfig
 from wholes import whole, whole_weights
@@ -111,7 +112,7 @@ def test_split_axes_say_what_a_rank_holds(plan):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 4096, 25 << 20])
 def test_the_gradient_all_reduce_sends_each_trained_gradient_once(monkeypatch, bucket_bytes):
-    monkeypatch.setattr(replicated, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
     plan = Plan(mesh=MeshConfig(dp_replicate=2), train=TrainConfig(freeze=FROZEN))
 
     def work(model, world):

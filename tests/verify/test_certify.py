@@ -11,7 +11,14 @@ from paceline.models.families.llama import PRESETS
 from paceline.models.weights import RandomWeights, build
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import OptimizerConfig, PipelineConfig, Plan, TrainConfig, ZeroConfig
+from paceline.plan.plan import (
+    MemoryConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    Plan,
+    TrainConfig,
+    ZeroConfig,
+)
 from paceline.verify import certify as certify_module
 from paceline.verify.certify import BOUND, CASES, certify
 
@@ -24,6 +31,9 @@ LAYOUTS = {
     "dp_shard 2, stage 0": Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(stage=0)),
     "dp_replicate 2": Plan(mesh=MeshConfig(dp_replicate=2)),
     "dp_replicate 2 x dp_shard 2": Plan(mesh=MeshConfig(dp_replicate=2, dp_shard=2)),
+    "selective": Plan(memory=MemoryConfig(remat="selective")),
+    "full": Plan(memory=MemoryConfig(remat="full")),
+    "dp_shard 2, full": Plan(mesh=MeshConfig(dp_shard=2), memory=MemoryConfig(remat="full")),
 }
 UNTIED = ModelSpec(
     family="llama",

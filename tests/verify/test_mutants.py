@@ -21,14 +21,13 @@ from paceline.data.loader import Loader
 from paceline.data.rows import DocumentRows, PackedRows
 from paceline.dist.world import World
 from paceline.kernels import cross_entropy
-from paceline.kernels.device import choose_dtype
 from paceline.models.layout import Layout
 from paceline.models.tied import TiedEmbedding
 from paceline.models.weights import RandomWeights
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
 from paceline.parallel import apply as apply_module
-from paceline.parallel.data import fully_sharded, replicated
+from paceline.parallel import buckets
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
 from paceline.plan.mesh import MeshConfig
@@ -121,9 +120,9 @@ def all_reduce_dropped(patch: Patch, _rank: int) -> None:
 
 @mutant(REPLICATED)
 def last_bucket_not_reduced(patch: Patch, _rank: int) -> None:
-    original = replicated.buckets
-    patch.setattr(replicated, "BUCKET_BYTES", 4096)
-    patch.setattr(replicated, "buckets", lambda *given: list(original(*given))[:-1])
+    original = buckets.buckets
+    patch.setattr(buckets, "BUCKET_BYTES", 4096)
+    patch.setattr(buckets, "buckets", lambda gradients: list(original(gradients))[:-1])
 
 
 @mutant(SHARDED)
@@ -308,11 +307,7 @@ def one_rank_starts_a_little_aside(patch: Patch, rank: int) -> None:
 
 @mutant(SHARDED)
 def gradients_reduced_in_float32(patch: Patch, _rank: int) -> None:
-    def narrow(name: str, device: torch.device) -> torch.dtype:
-        return choose_dtype("float32" if calls.pop() == "reduce" else name, device)
-
-    calls = ["reduce", "compute"]  # in the order of their use, from the end
-    patch.setattr(fully_sharded, "choose_dtype", narrow)
+    patch.setattr(FullySharded, "reduce_dtype", torch.float32)
 
 
 # The optimizers

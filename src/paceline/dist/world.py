@@ -49,7 +49,7 @@ class World:
         self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
         if mesh.num_ranks > 1:
             self._device_mesh = init_device_mesh(device.type, mesh.shape, mesh_dim_names=AXES)
-            self._groups[DATA_AXES] = _subgroup(mesh, rank, DATA_AXES)
+            self._groups[DATA_AXES] = make_group(mesh, rank, DATA_AXES)
 
     @property
     def is_first(self) -> bool:
@@ -83,6 +83,15 @@ class World:
             if any(self.degree(axis) > 1 for axis in step):
                 self.traffic.add("all-reduce", step, tensor.nbytes, purpose)
                 torch.distributed.all_reduce(tensor, group=self._group(step))
+        return tensor
+
+    def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
+        """The largest of each element over the ranks along an axis, in place."""
+        if self.degree(axis) > 1:
+            self.traffic.add("all-reduce", (axis,), tensor.nbytes, purpose)
+            torch.distributed.all_reduce(
+                tensor, torch.distributed.ReduceOp.MAX, group=self._group((axis,))
+            )
         return tensor
 
     def gather(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
@@ -213,7 +222,7 @@ def _is_peer_gone(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or "by peer" in str(error)
 
 
-def _subgroup(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
+def make_group(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
     """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
     made = {members: torch.distributed.new_group(list(members)) for members in mesh.groups(axes)}
     mine = next(group for members, group in made.items() if rank in members)

@@ -9,7 +9,7 @@ Differs: gradients of the weight are summed over chunks at least in float32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,32 @@ from torch import Tensor
 _CHUNK_ROWS = 1024
 
 
+class Columns(Protocol):
+    """Of the logits, those that are here, where others have the rest.
+
+    Attributes:
+        own: which they are.
+    """
+
+    @property
+    def own(self) -> range: ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all who have columns."""
+        ...
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over all who have columns."""
+        ...
+
+
 def linear_cross_entropy(
-    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignored: int
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    *,
+    ignored: int,
+    columns: Columns | None = None,
 ) -> Tensor:
     """The sum of ``-log softmax(x W^T)[label]`` over the rows whose label is not `ignored`.
 
@@ -27,6 +51,8 @@ def linear_cross_entropy(
         weight_VD: in any dtype; its gradient has that dtype.
         labels_R: columns, or `ignored`.
         ignored: label of rows that have no loss.
+        columns: of which columns the weight is; None: of all. The gradient of x is then a term of
+            the sum over all who have columns.
 
     Returns:
         A scalar, at least in float32. One backward pass can go through it.
@@ -34,15 +60,17 @@ def linear_cross_entropy(
     is_valid_R = labels_R != ignored
     if not bool(is_valid_R.all()):
         x_RD, labels_R = x_RD[is_valid_R], labels_R[is_valid_R]
-    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R)
+    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, columns)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients for a loss of weight 1 are made in the forward pass, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> Tensor:
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, columns: Columns | None
+    ) -> Tensor:
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         wide = torch.promote_types(x_RD.dtype, torch.float32)
         cast_VD = weight_VD.to(x_RD.dtype)
         loss = torch.zeros((), dtype=wide, device=x_RD.device)
@@ -50,7 +78,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD: Tensor | None = None
         for start in range(0, len(x_RD), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            chunk_loss, grad_logits_CV = _chunk(x_RD[rows] @ cast_VD.T, labels_R[rows], wide)
+            logits_CV = x_RD[rows] @ cast_VD.T
+            if columns is None:
+                chunk_loss, grad_logits_CV = _chunk(logits_CV, labels_R[rows], wide)
+            else:
+                chunk_loss, grad_logits_CV = _split_chunk(logits_CV, labels_R[rows], wide, columns)
             loss += chunk_loss
             if grad_x_RD is not None:
                 torch.mm(grad_logits_CV, cast_VD, out=grad_x_RD[rows])
@@ -63,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         assert ctx.gradients is not None, "a second backward pass through linear_cross_entropy"
         grad_x_RD, grad_weight_VD = ctx.gradients
         ctx.gradients = None
@@ -71,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x_RD = grad_x_RD.mul_(grad_outputs[0])
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.mul_(grad_outputs[0]).to(ctx.weight_dtype)
-        return grad_x_RD, grad_weight_VD, None
+        return grad_x_RD, grad_weight_VD, None, None
 
 
 def _chunk(logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,6 +114,24 @@ def _chunk(logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype) -> tuple[Tens
     loss = -log_probs_CV.gather(1, labels_C1).sum()
     grad_CV = log_probs_CV.exp_()
     grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=wide))
+    return loss, grad_CV.to(dtype)
+
+
+def _split_chunk(
+    logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype, columns: Columns
+) -> tuple[Tensor, Tensor]:
+    """The same as `_chunk` where only some columns are here; the loss is that of all."""
+    dtype = logits_CV.dtype
+    logits_CV = logits_CV.to(wide)
+    logits_CV = logits_CV - columns.largest(logits_CV.amax(dim=1, keepdim=True))
+    is_here_C = (labels_C >= columns.own.start) & (labels_C < columns.own.stop)
+    labels_C1 = (labels_C - columns.own.start).where(is_here_C, 0)[:, None]
+    chosen_C1 = columns.sum(logits_CV.gather(1, labels_C1) * is_here_C[:, None])
+    grad_CV = logits_CV.exp_()
+    total_C1 = columns.sum(grad_CV.sum(dim=1, keepdim=True))
+    loss = (total_C1.log() - chosen_C1).sum()
+    grad_CV /= total_C1
+    grad_CV.scatter_add_(1, labels_C1, -is_here_C[:, None].to(wide))
     return loss, grad_CV.to(dtype)
 
 

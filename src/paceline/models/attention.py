@@ -6,8 +6,10 @@ The module makes queries, keys and values and rotates them; what happens between
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -63,14 +65,31 @@ def attend_within(
     )
 
 
+Around = Callable[..., Tensor]
+"""``around(function, *arguments) -> function(*arguments)``, computed in whatever way."""
+
+
+def plainly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Calls a function."""
+    return function(*arguments)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with grouped key and value heads."""
+    """Multi-head self-attention with grouped key and value heads.
+
+    Attributes:
+        key_of_query: for each query head the key head that it reads, where they are not in groups
+            of equal size; else None.
+        around_core: calls the core; another may recompute it in the backward pass.
+    """
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self.site = AttentionSite(layer, spec.window_of(layer), scale)
         self.head_dim = spec.head_dim
+        self.key_of_query: tuple[int, ...] | None = None
+        self.around_core: Around = plainly
         self.query = Linear(spec.d_model, spec.d_query, bias=spec.qkv_bias)
         self.key = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
         self.value = Linear(spec.d_model, spec.d_kv, bias=spec.qkv_bias)
@@ -91,7 +110,10 @@ class Attention(nn.Module):
         v_BTKH = self._heads(values)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, layout=layout, site=self.site)
+        if self.key_of_query is not None:
+            k_BTKH, v_BTKH = k_BTKH[:, :, self.key_of_query], v_BTKH[:, :, self.key_of_query]
+        core = partial(attend, layout=layout, site=self.site)
+        out_BTNH = self.around_core(core, q_BTNH, k_BTKH, v_BTKH)
         return self.output(out_BTNH.flatten(2))
 
     @property

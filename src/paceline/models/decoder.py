@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from paceline.kernels.linear import linear
-from paceline.models.attention import Attend, Attention, attend_within
+from paceline.models.attention import Around, Attend, Attention, attend_within, plainly
 from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
@@ -16,6 +13,7 @@ from paceline.models.moe import MixtureOfExperts
 from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
 from paceline.models.tied import TiedEmbedding
+from paceline.models.vocabulary import Head, Output, Vocabulary, WholeVocabulary, logits
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -45,20 +43,11 @@ class Block(nn.Module):
         return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_BTD)))
 
 
-class Head(Protocol):
-    """What becomes of the last hidden states: logits, or a loss that never holds them all.
+class Absent(nn.Module):
+    """In place of a part of the decoder that is elsewhere."""
 
-    Args:
-        x_BTD: after the last norm, in the compute dtype.
-        weight_VD: of the output head.
-    """
-
-    def __call__(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor: ...
-
-
-def logits(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Of the next token at every position, (B, T, V), in the dtype of x."""
-    return linear(x_BTD, weight_VD.to(x_BTD.dtype))
+    def forward(self, *_arguments: object) -> Tensor:
+        raise RuntimeError("this part of the model is not here")
 
 
 class Decoder(nn.Module):
@@ -71,6 +60,8 @@ class Decoder(nn.Module):
         compute_dtype: dtype of activations; None is that of the embedding. Weights are cast to
             it as they are used, so it may differ from theirs.
         prelude: virtual tokens before every document, or None.
+        vocabulary: how words are looked up and predicted.
+        around_block: calls every block; another may recompute it in the backward pass.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -78,6 +69,8 @@ class Decoder(nn.Module):
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
         self.prelude: Prelude | None = None
+        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.around_block: Around = plainly
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
             self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
@@ -110,23 +103,58 @@ class Decoder(nn.Module):
             last_only: whether only the last position of each row is wanted.
             is_begun: whether the tokens go on from others that `attend` has kept, the prelude's
                 among them; their positions then count the prelude's too.
-            head: takes the last hidden states and the weight of the output head.
+            head: takes the last hidden states and the projection onto the vocabulary.
 
         Returns:
             What `head` returns: logits_BTV, or logits_B1V, in the compute dtype.
         """
         place: Layout = layout or Layout.whole_rows(tokens_BT)
         tied = TiedEmbedding(self.embedding.weight) if self.spec.tied_embeddings else None
-        x_BTD = self._scaled(tied.embed(tokens_BT) if tied else self.embedding(tokens_BT))
+        x_BTD = self.embed(tokens_BT, tied)
         if self.prelude is not None and not is_begun:
             x_BTD, place, attend = self.prelude(x_BTD, place, attend)
-        if self.spec.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding(place.positions_BT).to(x_BTD.dtype)
-        angles = self._angles(place, x_BTD.dtype)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, place, angles[self.spec.window_of(layer) is not None], attend)
-        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :])
-        return head(x_BTD, tied.head() if tied else self.head.weight)
+        x_BTD = self.through(self.positioned(x_BTD, place), place, range(len(self.blocks)), attend)
+        x_BTD = x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :]
+        return self.predict(x_BTD, place, head, tied)
+
+    def embed(self, tokens_BT: Tensor, tied: TiedEmbedding | None = None) -> Tensor:
+        """Embedded tokens, before positions are added.
+
+        Args:
+            tokens_BT: token ids.
+            tied: of this pass, where the head follows in it.
+        """
+        look_up = tied.embed if tied else self.embedding
+        return self.vocabulary.embed(tokens_BT, lambda tokens: self._scaled(look_up(tokens)))
+
+    def positioned(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        """Embedded tokens as the first block takes them."""
+        if self.spec.positions != "learned":
+            return x_BTD
+        positions_BTD = self.position_embedding(layout.positions_BT).to(x_BTD.dtype)
+        return x_BTD + self.vocabulary.spread(positions_BTD)
+
+    def through(
+        self, x_BTD: Tensor, layout: Layout, layers: range, attend: Attend = attend_within
+    ) -> Tensor:
+        """Hidden states after some of the blocks."""
+        angles = self._angles(layout, x_BTD.dtype)
+        for layer in layers:
+            turned = angles[self.spec.window_of(layer) is not None]
+            x_BTD = self.around_block(self.blocks[layer], x_BTD, layout, turned, attend)
+        return x_BTD
+
+    def predict(
+        self, x_BTD: Tensor, layout: Layout, head: Head, tied: TiedEmbedding | None = None
+    ) -> Tensor:
+        """What a head makes of the hidden states after the last block."""
+        x_BTD = self.vocabulary.collect(self.norm(x_BTD), layout)
+        return head(x_BTD, Output(self.vocabulary, tied.head() if tied else self.head_weight))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight of the output head, (V, D)."""
+        return self.embedding.weight if self.spec.tied_embeddings else self.head.weight
 
     def _scaled(self, x_BTD: Tensor) -> Tensor:
         """Embeddings in the compute dtype, as the first block takes them."""

@@ -6,6 +6,8 @@ bfloat16 already, with no second code path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,13 +16,27 @@ from paceline.kernels.linear import linear
 from paceline.kernels.norm import rms_norm
 from paceline.plan.model_spec import ModelSpec
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``product(x, weight, bias) -> x W^T + b`` in the dtype of x; the weights are of any dtype."""
+
+
+def cast_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain product, of weights cast to the dtype of x."""
+    return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
 
 class Linear(nn.Linear):
-    """``y = x W^T + b`` in the dtype of x."""
+    """``y = x W^T + b`` in the dtype of x.
+
+    Attributes:
+        product: what multiplies; another may sum its result over ranks, or put off the gradient of
+            the weight.
+    """
+
+    product: Product = staticmethod(cast_product)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return linear(input, self.weight.to(input.dtype), bias)
+        return self.product(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -1,10 +1,11 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> (later: pp, tp and ep, cp, remat) -> compile -> data -> memory and weights
+peft -> freeze -> tp -> remat -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,12 +15,16 @@ from torch import Tensor
 from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
 from paceline.kernels.device import choose_dtype
+from paceline.memory.remat import REMAT
+from paceline.memory.remat.base import Remat
+from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
 from paceline.optim.parts import Part
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
+from paceline.parallel.tensor.decoder import SplitDecoder, split
 from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
@@ -33,6 +38,7 @@ class ParallelModel:
         module: this rank's part; call it as the plain model.
         data: how data ranks share its state.
         parts: what this rank holds of each parameter.
+        tensor: how its matrices are split over ranks, if they are.
         added: names of the parameters that fine-tuning has added, if it has: the only ones that
             are trained and saved.
     """
@@ -40,12 +46,31 @@ class ParallelModel:
     module: Decoder
     data: DataParallel
     parts: dict[str, Part]
+    tensor: SplitDecoder | None = None
     added: frozenset[str] = frozenset()
 
     @property
     def spread_axes(self) -> tuple[str, ...]:
         """Mesh axes over which parameters are spread."""
-        return self.data.spread_axes
+        return (*self.data.spread_axes, "tp", "pp")
+
+    def finish_pass(self) -> None:
+        """Called after every backward pass, or part of one, of one stage and micro-batch."""
+        self.data.finish_pass(self.module)
+
+    def finish_gradients(self) -> None:
+        """Called after the last backward of a step; then gradients of parts are whole sums."""
+        self.data.finish_gradients(self.module)
+        if self.tensor is not None:
+            self.tensor.finish_gradients(self.parts, self.data.spread_axes)
+
+    def finish_update(self) -> None:
+        """Called after the optimizer has moved the parts, or a checkpoint has filled them."""
+        self.data.finish_update(self.module)
+
+    def finish_evaluation(self) -> None:
+        """Called after forward passes that no backward pass follows."""
+        self.data.finish_evaluation(self.module)
 
     def parameters(self) -> list[Tensor]:
         """What optimizers move: the parts, frozen ones among them."""
@@ -71,21 +96,52 @@ def apply(
     model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
     attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
     freeze(model, plan.train.freeze)
+    tensor: SplitDecoder | None = None
+    places = {n: Place.of_whole(tuple(p.shape)) for n, p in model.named_parameters()}
+    if plan.mesh.tp > 1:
+        tensor = split(model, spec, world, is_sequence_parallel=plan.tensor.sequence_parallel)
+        places = tensor.places
+    recompute(model, REMAT.load(plan.memory.remat))
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
-    places = {n: Place.of_whole(tuple(p.shape)) for n, p in model.named_parameters()}
     data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
-    fill(model, attached.weights, world.device, put=data.put)
-    return ParallelModel(model, data, data.hold(model, places), attached.added)
+    fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
+    return ParallelModel(model, data, data.hold(model, places), tensor, attached.added)
+
+
+class _PartWeights:
+    """Of each parameter what a rank has.
+
+    Args:
+        whole: the weights.
+        places: where this rank's parts lie in them.
+    """
+
+    def __init__(self, whole: Weights, places: Mapping[str, Place]) -> None:
+        self._whole = whole
+        self._places = places
+
+    def read(self, name: str) -> Tensor:
+        return self._whole.read(name)[self._places[name].box.slices]
+
+
+def recompute(model: Decoder, remat: Remat) -> None:
+    """Has parts of the model computed again in the backward pass."""
+    if remat.around_block is not None:
+        model.around_block = remat.around_block
+    for module in model.modules():
+        if isinstance(module, Attention) and remat.around_core is not None:
+            module.around_core = remat.around_core
 
 
 def is_compiled(plan: Plan, device: torch.device) -> bool:
     """Whether blocks are compiled on a device; for float64, which proves plans, only when told."""
     if plan.train.compile != "auto":
         return plan.train.compile == "on"
-    return device.type == "cuda" and plan.precision.compute != "float64"
+    is_alone = plan.mesh.tp == 1
+    return is_alone and device.type == "cuda" and plan.precision.compute != "float64"
 
 
 def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from paceline.core.errors import ConfigError, Problem, UsageError
 from paceline.dist.world import World, join_ranks
 from paceline.kernels.device import choose_dtype
 from paceline.plan.check import require
+from paceline.plan.mesh import DATA_AXES
 from paceline.plan.plan import Plan
 
 _LEAST_SHARE = 0.1  # of the parameters, for a list of modules to count as the module's blocks
@@ -62,14 +63,21 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
 
 
 def require_for_module(plan: Plan) -> None:
-    """Raises ConfigError if a plan has problems, or its ZeRO stage is not for any module."""
+    """Raises ConfigError if a plan has problems, or asks for what is not for any module."""
     require(plan)
+    rule = "is for models that train lays out; parallelize replicates, or splits by torch"
+    problems = [
+        Problem(f"mesh.{axis}", str(degree), rule, "use 1")
+        for axis, degree in plan.mesh.to_dict().items()
+        if axis not in DATA_AXES and degree > 1
+    ]
     if plan.zero_technique not in ("0", "3"):
         is_own = plan.zero_stage == 3
         path, value = ("zero.sharder", "own") if is_own else ("zero.stage", plan.zero_stage)
-        rule = "is for models that train lays out; parallelize replicates, or splits by torch"
         hint = "leave it out" if is_own else "use 0 or 3"
-        raise ConfigError([Problem(path, json.dumps(value), rule, hint)], source="the plan")
+        problems.append(Problem(path, json.dumps(value), rule, hint))
+    if problems:
+        raise ConfigError(problems, source="the plan")
 
 
 def _leave() -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from paceline.core.config import Config
 from paceline.core.errors import ConfigError, Problem, name_hint
+from paceline.plan.batch import batch_shape
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig, Plan
@@ -23,9 +25,7 @@ from paceline.plan.plan import PeftConfig, Plan
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.pp": (1,),
     "mesh.cp": (1,),
-    "mesh.tp": (1,),
     "mesh.ep": (1,),
-    "tensor.sequence_parallel": (True,),
     "pipeline.schedule": ("one-f-one-b",),
     "pipeline.stages_per_rank": (1,),
     "pipeline.stage_cuts": (None,),
@@ -33,7 +33,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
-    "memory.remat": ("none",),
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
@@ -69,6 +68,7 @@ PEFT_KEYS: dict[str, tuple[str, ...]] = {
 
 POSITIVE = (
     *(f"mesh.{axis}" for axis in (*AXES, "ep")),
+    "pipeline.stages_per_rank",
     "train.sequence_length",
     "train.tokens_per_step",
     "train.microbatch_tokens",
@@ -234,6 +234,35 @@ def _context_fits(known: Known) -> Iterator[Problem]:
         yield _problem(known, "train.sequence_length", rule)
 
 
+def _tensor_fits(known: Known) -> Iterator[Problem]:
+    """Every rank has something of each matrix that is split."""
+    degree, spec = known.plan.mesh.tp, known.spec
+    if degree == 1:
+        if not known.plan.tensor.sequence_parallel:
+            path, rule = "tensor.sequence_parallel", "says how mesh.tp ranks share, which is 1"
+            yield _problem(known, path, rule, "set mesh.tp, or leave it out")
+        return
+    if known.plan.train.compile == "on":
+        rule = "has not been proved with mesh.tp > 1"
+        yield _problem(known, "train.compile", rule, 'use "auto" or "off"')
+    if known.plan.peft.method != "none":
+        rule = "has not been proved with mesh.tp > 1"
+        yield _problem(known, "peft.method", rule, 'use mesh.tp = 1, or peft.method = "none"')
+    if spec is None:
+        return
+    for what, most in (
+        ("query heads", spec.num_heads),
+        ("columns of the feed-forward", spec.d_ffn),
+        ("words of the vocabulary", spec.vocab_size),
+    ):
+        if degree > most:
+            rule = f"exceeds the model's {most} {what}"
+            yield _problem(known, "mesh.tp", rule, f"use at most {most}")
+    if spec.qk_norm == "all" and spec.norm == "layer":
+        rule = "cannot split a layer norm over all heads"
+        yield _problem(known, "mesh.tp", rule, "use 1")
+
+
 def _peft_alone(known: Known) -> Iterator[Problem]:
     """Fine-tuning freezes the model itself, and its options belong to methods."""
     peft, unset = known.plan.peft, PeftConfig()
@@ -246,6 +275,91 @@ def _peft_alone(known: Known) -> Iterator[Problem]:
             yield _problem(known, f"peft.{key}", rule, f"it is for {', '.join(methods)}")
 
 
+def _schedule(name: str) -> Any:
+    """A pipeline schedule, for its traits."""
+    return importlib.import_module("paceline.parallel.pipeline").SCHEDULES.load(name)
+
+
+def _stages_per_rank(known: Known) -> Iterator[Problem]:
+    pipeline = known.plan.pipeline
+    schedule, count = _schedule(pipeline.schedule), pipeline.stages_per_rank
+    least, most = schedule.min_stages_per_rank, schedule.max_stages_per_rank
+    if count < least or (most is not None and count > most):
+        legal = f"{least}" if least == most else f"{least} or more"
+        rule = f"does not go with {pipeline.schedule}, which takes {legal} a rank"
+        yield _problem(known, "pipeline.stages_per_rank", rule, f"use {legal}")
+
+
+def _whole_rounds(known: Known) -> Iterator[Problem]:
+    """A schedule may take its micro-batches in rounds of as many as there are pipeline ranks."""
+    plan = known.plan
+    unit = _schedule(plan.pipeline.schedule).microbatch_unit(plan.mesh.pp)
+    sequences, rest = divmod(
+        plan.train.tokens_per_step, plan.train.sequence_length * plan.mesh.num_data_ranks
+    )
+    if rest:  # `_whole_batches` tells
+        return
+    count = plan.pipeline.num_microbatches or batch_shape(plan).num_microbatches
+    if count % unit:
+        rule = f"{plan.pipeline.schedule} takes multiples of mesh.pp = {unit}, not {count}"
+        legal = [n for n in range(unit, sequences + 1, unit) if sequences % n == 0]
+        tokens = unit * plan.train.sequence_length * plan.mesh.num_data_ranks
+        other = f"make train.tokens_per_step a multiple of {tokens}"
+        hint = f"use {_nearest(count, legal)}" if legal else other
+        yield _problem(known, "pipeline.num_microbatches", rule, hint)
+
+
+def _nearest(value: int, legal: Sequence[int]) -> str:
+    """The legal values on both sides of one, as text."""
+    below = [n for n in legal if n < value][-1:]
+    return " or ".join(map(str, below + [n for n in legal if n > value][:1]))
+
+
+def _stages_have_layers(known: Known) -> Iterator[Problem]:
+    pp, per_rank = known.plan.mesh.pp, known.plan.pipeline.stages_per_rank
+    if known.spec is not None and pp * per_rank > known.spec.num_layers:
+        num_layers = known.spec.num_layers
+        rule = f"makes {pp * per_rank} stages, but the model has {num_layers} layer(s)"
+        most = num_layers // per_rank
+        hint = f"use at most {most}" if most else f"stages_per_rank is at most {num_layers}"
+        yield _problem(known, "mesh.pp", rule, hint)
+
+
+def _stage_cuts(known: Known) -> Iterator[Problem]:
+    pipeline = known.plan.pipeline
+    cuts, num_stages = pipeline.stage_cuts, known.plan.mesh.pp * pipeline.stages_per_rank
+    if cuts is None:
+        return
+    path, hint = "pipeline.stage_cuts", "leave it out: stages of even cost"
+    if len(cuts) != num_stages - 1:
+        rule = f"must have one cut less than there are stages, {num_stages - 1}"
+        yield _problem(known, path, rule, hint)
+    num_layers = math.inf if known.spec is None else known.spec.num_layers
+    if not all(low < high for low, high in pairwise((0, *cuts, num_layers))):
+        end = "" if known.spec is None else f" to {num_layers - 1}"
+        yield _problem(known, path, f"must increase, from 1{end}", hint)
+
+
+def _split_backward(known: Known) -> Iterator[Problem]:
+    """Weight passes of their own need the weights as they are, long after the input pass."""
+    plan, path = known.plan, "pipeline.schedule"
+    if not _schedule(plan.pipeline.schedule).splits_backward:
+        return
+    if plan.zero_stage == 3:
+        rule = "splits backward passes, which zero.stage = 3 cannot: it frees weights between them"
+        yield _problem(known, path, rule, f"set zero.stage = 0, or use {_whole_schedules()}")
+    if plan.train.compile == "on":
+        rule = 'splits backward passes, which train.compile = "on" cannot'
+        hint = f'set train.compile = "off", or use {_whole_schedules()}'
+        yield _problem(known, path, rule, hint)
+
+
+def _whole_schedules() -> str:
+    """The schedules that do not split backward passes."""
+    table = importlib.import_module("paceline.parallel.pipeline").SCHEDULES
+    return ", ".join(name for name in table if not _schedule(name).splits_backward)
+
+
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 RULES: tuple[Rule, ...] = (
     _ranks,
@@ -254,5 +368,11 @@ RULES: tuple[Rule, ...] = (
     _sharder_fits,
     _one_float64,
     _context_fits,
+    _tensor_fits,
     _peft_alone,
+    _stages_per_rank,
+    _whole_rounds,
+    _stages_have_layers,
+    _stage_cuts,
+    _split_backward,
 )

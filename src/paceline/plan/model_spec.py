@@ -197,6 +197,17 @@ class ModelSpec(Config):
         )
         return 4.0 * self.d_query * keys
 
+    def layer_flops_per_token(self, layer: int, sequence_length: int) -> float:
+        """Forward FLOPs of one token in one layer."""
+        ffn = self.ffn_matrix_parameters(layer, active=True)
+        keys = _mean_keys(sequence_length, self.window_of(layer))
+        return 2.0 * (self.attention_matrix_parameters + ffn) + 4.0 * self.d_query * keys
+
+    @property
+    def head_flops_per_token(self) -> float:
+        """Forward FLOPs of one token in the output head."""
+        return 2.0 * self.vocab_size * self.d_model
+
     def forward_flops_per_token(self, sequence_length: int) -> float:
         """Forward FLOPs of one token, the output head included."""
         matrices = self.matrix_parameters(active=True) + self.vocab_size * self.d_model

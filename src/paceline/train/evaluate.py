@@ -56,7 +56,7 @@ def evaluate(
     for batch in batches:
         total[0] += objective(model.module, batch.to(world.device))
         total[1] += batch.count
-    model.data.finish_evaluation(model.module)
+    model.finish_evaluation()
     model.module.train()
     loss_sum, count = world.sum(total, DATA_AXES, purpose="held-out loss").tolist()
     if count == 0:

@@ -48,7 +48,7 @@ def train_step(
         group["lr"] = learning_rate
     state.optimizer.step()
     state.optimizer.zero_grad()
-    state.model.data.finish_update(state.model.module)
+    state.model.finish_update()
     state.step += 1
     return result
 
@@ -72,9 +72,9 @@ def compute_gradients(
     for batch in batches:
         loss = objective(model.module, batch.to(world.device))
         scale.scaled(loss).backward()
-        model.data.finish_pass(model.module)
+        model.finish_pass()
         loss_sum += loss.detach()
-    model.data.finish_gradients(model.module)
+    model.finish_gradients()
     parts = list(model.parts.values())
     norm = global_norm(parts, model.spread_axes, world)
     if not math.isfinite(norm):

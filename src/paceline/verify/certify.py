@@ -257,7 +257,7 @@ def _compare(
             group["lr"] = learning_rate(plan.optimizer, step, _NUM_STEPS)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        model.data.finish_update(model.module)
+        model.finish_update()
         found = _pieces({n: (part.local.detach(), part.place) for n, part in model.parts.items()})
         _join(errors.weight_boxes, {name: {box} for name, (_, box) in found.items()})
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)

@@ -24,8 +24,9 @@ from paceline.dist.world import World
 from paceline.models.decoder import Decoder
 from paceline.models.weights import copy_whole
 from paceline.optim.parts import Part
+from paceline.parallel.buckets import buckets
 from paceline.parallel.data.base import DataParallel
-from paceline.parallel.data.rows import BUCKET_BYTES, buckets, pack_share, unpack_whole
+from paceline.parallel.data.rows import pack_share, unpack_whole
 from paceline.parallel.data.shard_gradients import ShardGradients
 from paceline.plan.layout import Place, padded_share
 
@@ -51,7 +52,7 @@ class OptimizerSharded(DataParallel):
         pass  # whole gradients accumulate
 
     def finish_gradients(self, model: Decoder) -> None:
-        for bucket in buckets(self._parts, BUCKET_BYTES):
+        for bucket in buckets(self._parts):
             self._gradients.reduce(bucket)
         self._gradients.finish()
 
@@ -97,7 +98,7 @@ def trained_parts(model: Decoder, parts: Mapping[str, Part]) -> dict[nn.Paramete
 def gather_rows(parts: Mapping[nn.Parameter, nn.Parameter], world: World) -> None:
     """Fills whole parameters with the rows that the ranks of `dp_shard` have of them."""
     degree = world.mesh.dp_shard
-    for bucket in buckets(parts, BUCKET_BYTES):
+    for bucket in buckets(parts):
         mine = [parts[parameter] for parameter in bucket]
         shapes = [parameter.shape for parameter in bucket]
         share = pack_share(mine, shapes, degree, mine[0].dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from paceline.parallel.data.rows import BUCKET_BYTES
+from paceline.parallel import buckets
 from paceline.parallel.data.shard_gradients import ShardGradients
 from paceline.parallel.data.units import Unit
 
@@ -71,7 +71,7 @@ class ReadyGradients:
         if parameter not in self._bucket:
             self._bucket[parameter] = None
             self._size_bytes += parameter.numel() * parameter.dtype.itemsize
-            if self._size_bytes >= BUCKET_BYTES:
+            if self._size_bytes >= buckets.BUCKET_BYTES:
                 self._flush()
 
     def _flush(self) -> None:

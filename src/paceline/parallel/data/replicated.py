@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from paceline.models.decoder import Decoder
 from paceline.models.weights import copy_whole
 from paceline.optim.parts import Part
+from paceline.parallel.buckets import sum_in_buckets
 from paceline.parallel.data.base import DataParallel
-from paceline.parallel.data.rows import BUCKET_BYTES, buckets
 from paceline.plan.layout import Place
 from paceline.plan.mesh import DATA_AXES
 
@@ -47,12 +47,8 @@ class Replicated(DataParallel):
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        for bucket in buckets(gradients, BUCKET_BYTES):
-            flat = torch.cat([gradient.flatten() for gradient in bucket]).to(self.reduce_dtype)
-            self.world.sum(flat, DATA_AXES, purpose="gradients")
-            sizes = [gradient.numel() for gradient in bucket]
-            for gradient, total in zip(bucket, flat.split(sizes), strict=True):
-                gradient.copy_(total.view_as(gradient))
+        dtype = self.reduce_dtype
+        sum_in_buckets(gradients, self.world, DATA_AXES, purpose="gradients", dtype=dtype)
 
     def finish_update(self, model: Decoder) -> None:
         pass  # every rank has moved everything

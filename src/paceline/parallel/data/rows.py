@@ -9,12 +9,10 @@ tensor is contiguous.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-BUCKET_BYTES = 25 << 20
 
 
 def share_numel(shape: Sequence[int], degree: int) -> int:
@@ -66,20 +64,6 @@ def unpack_share(
         share[0, : part.numel()].view(part.shape)
         for part, share in zip(parts, columns, strict=True)
     ]
-
-
-def buckets(tensors: Iterable[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
-    """Tensors in order, in groups of one dtype that end where they reach `limit_bytes`."""
-    bucket: list[Tensor] = []
-    size_bytes = 0
-    for tensor in tensors:
-        if bucket and (size_bytes >= limit_bytes or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size_bytes = [], 0
-        bucket.append(tensor)
-        size_bytes += tensor.dtype.itemsize * tensor.numel()
-    if bucket:
-        yield bucket
 
 
 def _chunk(shapes: Sequence[Sequence[int]], degree: int) -> int:

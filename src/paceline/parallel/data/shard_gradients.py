@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from paceline.dist.world import World
-from paceline.parallel.data.rows import (
-    BUCKET_BYTES,
-    buckets,
-    pack_share,
-    pack_whole,
-    unpack_share,
-)
+from paceline.parallel.buckets import buckets
+from paceline.parallel.data.rows import pack_share, pack_whole, unpack_share
 
 
 class ShardGradients:
@@ -66,7 +61,7 @@ class ShardGradients:
         if self._world.mesh.dp_replicate == 1:
             return
         degree = self._world.mesh.dp_shard
-        for bucket in buckets(self._parts, BUCKET_BYTES):
+        for bucket in buckets(self._parts):
             parts = [self._parts[parameter] for parameter in bucket]
             shapes = [parameter.shape for parameter in bucket]
             gradients = [part.grad for part in parts if part.grad is not None]

@@ -17,8 +17,10 @@ class Objective(Protocol):
         batch: on the model's device.
 
     Returns:
-        Sum of the losses over the batch's valid tokens, at least in float32. The scale is not
-        its business: `paceline.optim.scale` divides by the tokens of the whole step.
+        What the model's head makes of the batch, as it is: the sum of the losses over the batch's
+        valid tokens, at least in float32. A stage of a pipeline that has no head gives hidden
+        states in its place. The scale is not its business: `paceline.optim.scale` divides by the
+        tokens of the whole step.
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor: ...

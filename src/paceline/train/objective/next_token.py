@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from paceline.data.batch import IGNORED, Batch
-from paceline.kernels.cross_entropy import linear_cross_entropy
 from paceline.models.layout import Layout
+from paceline.models.vocabulary import Output
 
 
 def next_token(model: nn.Module, batch: Batch) -> Tensor:
@@ -17,7 +17,5 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch.tokens_BT, Layout.of_documents(batch.documents_BT), head=head)
 
 
-def _loss(x_BTD: Tensor, weight_VD: Tensor, *, labels_BT: Tensor) -> Tensor:
-    return linear_cross_entropy(
-        x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), ignored=IGNORED
-    )
+def _loss(x_BTD: Tensor, output: Output, *, labels_BT: Tensor) -> Tensor:
+    return output.cross_entropy(x_BTD, labels_BT, ignored=IGNORED)

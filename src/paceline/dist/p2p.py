@@ -1,0 +1,130 @@
+"""Tensors from one rank to another, while both go on computing."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from paceline.dist.world import World, make_group
+
+
+class _Transfer(NamedTuple):
+    """A transfer under way, and its tensor, which must live until it is done."""
+
+    work: torch.distributed.Work
+    tensor: Tensor
+
+
+class PendingTensor:
+    """A tensor that is on its way."""
+
+    def __init__(self, work: torch.distributed.Work, tensor: Tensor) -> None:
+        self._work = work
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is here; on a GPU once it is for what is queued from now on."""
+        self._work.wait()
+        return self._tensor
+
+
+class PointToPoint:
+    """Sends and receives between the ranks that differ only on one axis of the mesh.
+
+    What one rank sends another for one purpose arrives in the order it was sent in, and transfers
+    of other purposes or the other way never wait for it: each purpose has a group of its own for
+    transfers up the axis and one for those down. (NCCL runs what a group is told in order; with
+    one group a send could stand behind a receive that waits for it.)
+
+    Every rank of the world must make one at the same time.
+
+    Args:
+        world: the ranks; its traffic gets every transfer.
+        axis: of the mesh.
+        purposes: what is sent, for example ``("activations", "gradients")``.
+    """
+
+    def __init__(self, world: World, axis: str, purposes: tuple[str, ...]) -> None:
+        self.world = world
+        self.axis = axis
+        self.index = world.mesh.coordinate(world.rank)[axis]
+        self._under_way: deque[_Transfer] = deque()
+        self._groups: dict[tuple[str, bool], torch.distributed.ProcessGroup] = {}
+        if getattr(world.mesh, axis) > 1:
+            self._groups = {
+                (purpose, is_up): make_group(world.mesh, world.rank, (axis,))
+                for purpose in purposes
+                for is_up in (True, False)
+            }
+            self._connect()
+
+    def send(self, tensor: Tensor, destination: int, purpose: str) -> None:
+        """Begins to send a tensor, which nobody may change before `finish` has returned.
+
+        Args:
+            tensor: any that is dense.
+            destination: the other rank's index on the axis.
+            purpose: one of `purposes`.
+        """
+        self._forget_what_has_arrived()
+        dense = tensor.detach().contiguous()
+        group = self._group(purpose, source=self.index, destination=destination)
+        work = torch.distributed.isend(dense, group=group, group_dst=destination)
+        assert work is not None
+        self._under_way.append(_Transfer(work, dense))
+        self.world.traffic.add("send", (self.axis,), dense.nbytes, purpose)
+
+    def receive(
+        self, shape: tuple[int, ...], dtype: torch.dtype, source: int, purpose: str
+    ) -> PendingTensor:
+        """Makes room for a tensor that another rank sends.
+
+        Args:
+            shape: of what it sends.
+            dtype: of what it sends.
+            source: the other rank's index on the axis.
+            purpose: one of `purposes`.
+        """
+        tensor = torch.empty(shape, dtype=dtype, device=self.world.device)
+        group = self._group(purpose, source=source, destination=self.index)
+        work = torch.distributed.irecv(tensor, group=group, group_src=source)
+        assert work is not None
+        self.world.traffic.add("receive", (self.axis,), tensor.nbytes, purpose)
+        return PendingTensor(work, tensor)
+
+    def finish(self) -> None:
+        """Returns once all that was sent has been taken. (Gloo tells of no send before.)"""
+        while self._under_way:
+            self._under_way.popleft().work.wait()
+
+    def _group(
+        self, purpose: str, *, source: int, destination: int
+    ) -> torch.distributed.ProcessGroup:
+        assert source != destination, "a rank sends itself nothing"
+        return self._groups[purpose, source < destination]
+
+    def _forget_what_has_arrived(self) -> None:
+        while self._under_way and self._under_way[0].work.is_completed():
+            self._under_way.popleft().work.wait()
+
+    def _connect(self) -> None:
+        """Has neighbours on the axis, the last and the first among them, meet in every group.
+
+        NCCL connects two ranks at their first transfer, and both wait for it there. If they first
+        met in the order of a schedule, some could wait for others that wait for them; here all
+        go through all pairs in one order. It is no traffic of a run: nothing is recorded.
+        """
+        degree = getattr(self.world.mesh, self.axis)
+        token = torch.zeros(1, device=self.world.device)
+        pairs = sorted({tuple(sorted((low, (low + 1) % degree))) for low in range(degree)})
+        for (_, is_up), group in self._groups.items():
+            for pair in pairs:
+                source, destination = pair if is_up else reversed(pair)
+                if self.index == source:
+                    torch.distributed.send(token, group=group, group_dst=destination)
+                elif self.index == destination:
+                    torch.distributed.recv(token, group=group, group_src=source)

@@ -1,0 +1,240 @@
+"""A decoder split over the `tp` axis: matrices by heads, hidden columns and words.
+
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, Sec. 3; Korthikanti et al., Reducing
+    Activation Recomputation, arXiv:2205.05198, Sec. 4.2 (norms and residuals split over tokens).
+Replaces: nothing.  Needs: mesh.tp > 1, at most as many ranks as query heads.
+Forbids: peft, train.compile.
+Cost: weights / tp a rank, but for norms, routers, experts and biases behind a sum. With A the bytes
+    of a micro-batch's hidden states, a layer costs, forward and backward together, 4 A in
+    all-reduces without sequence parallelism, and with it 4 A in all-gathers and 4 A in
+    reduce-scatters (a ring sends as much for both).
+Differs: shares need not be equal: heads, columns and words go round as evenly as they can. A key
+    head is copied to every rank whose query heads read it. Tokens are split as rows of the whole
+    batch, padded to a multiple of tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paceline.dist.world import World
+from paceline.models.attention import Attention
+from paceline.models.decoder import Decoder
+from paceline.models.ffn import FeedForward
+from paceline.models.layout import Layout
+from paceline.models.linear import Linear, Product, RMSNorm
+from paceline.optim.parts import Part
+from paceline.parallel.buckets import BUCKET_BYTES, sum_in_buckets
+from paceline.parallel.tensor.boundary import (
+    AXIS,
+    copy_in,
+    gather_rows,
+    scatter_rows,
+    sum_up,
+)
+from paceline.parallel.tensor.norm import SplitRMSNorm
+from paceline.parallel.tensor.vocabulary import SplitVocabulary, as_tokens
+from paceline.plan.layout import Box, Place
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.tensor_rules import HeadShare, Split, decoder_rules, head_share
+
+GRADIENTS = "tensor parallel gradients"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitDecoder:
+    """What is known of a decoder once it is split.
+
+    Attributes:
+        places: where this rank's parameters lie in the whole ones.
+        partial: whole parameters of which a rank's gradient is one term of the sum over ranks.
+        copied: parameters of which neighbours have rows in common.
+        world: the ranks.
+    """
+
+    places: Mapping[str, Place]
+    partial: frozenset[str]
+    copied: frozenset[str]
+    world: World
+
+    def finish_gradients(self, parts: Mapping[str, Part], spread_axes: tuple[str, ...]) -> None:
+        """Makes terms of gradients to sums.
+
+        Args:
+            parts: of this rank, their gradients summed over data ranks.
+            spread_axes: over which data ranks have spread them.
+
+        Comm: an all-reduce over tp of the partial gradients, and one of the copied parameters'
+            whole gradients over tp and the spread axes.
+        """
+        partial_parts = [_with_gradient(parts[name]) for name in self._held(self.partial, parts)]
+        sum_in_buckets(partial_parts, self.world, (AXIS,), purpose=GRADIENTS)
+        axes = (*spread_axes, AXIS)
+        for names in self._in_buckets(list(self._held(self.copied, parts)), parts):
+            wholes = [_in_whole(parts[name]) for name in names]
+            sum_in_buckets(wholes, self.world, axes, purpose=GRADIENTS)
+            for name, whole in zip(names, wholes, strict=True):
+                _with_gradient(parts[name]).copy_(whole[parts[name].place.box.slices])
+
+    def _held(self, names: frozenset[str], parts: Mapping[str, Part]) -> Iterator[str]:
+        return (name for name in parts if name in names and parts[name].tensor.requires_grad)
+
+    def _in_buckets(self, names: list[str], parts: Mapping[str, Part]) -> Iterator[list[str]]:
+        """Names in groups whose whole gradients fill about a bucket: few are there at a time."""
+        group, size_bytes = list[str](), 0
+        for name in names:
+            part = parts[name]
+            group.append(name)
+            size_bytes += Box.of_whole(part.place.shape).num_elements * part.tensor.itemsize
+            if size_bytes >= BUCKET_BYTES:
+                yield group
+                group, size_bytes = [], 0
+        if group:
+            yield group
+
+
+def split(
+    model: Decoder, spec: ModelSpec, world: World, *, is_sequence_parallel: bool
+) -> SplitDecoder:
+    """Leaves a decoder of the meta device this rank's part of its matrices, in place.
+
+    Args:
+        model: the whole one, or some blocks of it.
+        spec: of the whole model.
+        world: the ranks.
+        is_sequence_parallel: whether norms and residuals are split over tokens.
+    """
+    rank, degree = world.coordinate(AXIS), world.degree(AXIS)
+    rules = decoder_rules(spec, degree)
+    names = [name for name, _ in model.named_parameters()]
+    places: dict[str, Place] = {}
+    for name in names:
+        places[name] = _place(tuple(model.get_parameter(name).shape), rules[name], rank)
+        _cut(model, name, places[name])
+    heads = head_share(spec.num_heads, spec.num_kv_heads, degree, rank)
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            _split_attention(module, heads, world, is_sequence_parallel)
+        elif isinstance(module, FeedForward):
+            _split_ffn(module, world, is_sequence_parallel)
+    model.vocabulary = SplitVocabulary(
+        spec.vocab_size, world, is_sequence_parallel=is_sequence_parallel
+    )
+    whole = {name for name in names if rules[name].dim is None}
+    of_heads = {name for name in whole if ".query_norm." in name or ".key_norm." in name}
+    return SplitDecoder(
+        places=places,
+        partial=frozenset(whole if is_sequence_parallel else of_heads),
+        copied=frozenset(name for name in names if _is_copied(rules[name])),
+        world=world,
+    )
+
+
+def _place(shape: tuple[int, ...], rule: Split, rank: int) -> Place:
+    whole = Place.of_whole(shape)
+    if rule.dim is None:
+        return whole if rank == 0 else whole.disowned()
+    (own,) = rule.shares[rank]
+    taken = max((share.stop for of_rank in rule.shares[:rank] for share in of_rank), default=0)
+    owned = range(max(own.start, taken), own.stop)
+    box = Box.of_whole(shape)
+    return replace(whole, box=box.narrowed(rule.dim, own), owned=box.narrowed(rule.dim, owned))
+
+
+def _is_copied(rule: Split) -> bool:
+    """Whether neighbours have something in common."""
+    shares = [own for (own,) in rule.shares]
+    return any(lower.stop > upper.start for lower, upper in pairwise(shares))
+
+
+def _cut(model: nn.Module, name: str, place: Place) -> None:
+    """Puts a parameter of the part's shape in place of a whole one."""
+    whole = model.get_parameter(name)
+    if place.box.sizes == place.shape:
+        return
+    owner, _, leaf = name.rpartition(".")
+    part = torch.empty(place.box.sizes, dtype=whole.dtype, device=whole.device)
+    part = nn.Parameter(part, requires_grad=whole.requires_grad)
+    setattr(model.get_submodule(owner), leaf, part)
+
+
+def _split_attention(
+    attention: Attention, heads: HeadShare, world: World, is_sequence_parallel: bool
+) -> None:
+    if not _are_in_groups(heads):
+        attention.key_of_query = heads.key_of_query
+    enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
+    attention.register_forward_pre_hook(enter)
+    _sum_behind(attention.output, world, is_sequence_parallel)
+    if attention.qk_norm == "all":
+        head_dim = attention.head_dim
+        for name, own, owned in (
+            ("query_norm", heads.query, heads.query),
+            ("key_norm", heads.key, heads.owned_key),
+        ):
+            whole = getattr(attention, name)
+            assert isinstance(whole, RMSNorm), "paceline.plan.check admits no other"
+            columns, mine = _times(own, head_dim), _times(owned, head_dim)
+            setattr(attention, name, SplitRMSNorm(whole, columns, mine, world))
+
+
+def _are_in_groups(heads: HeadShare) -> bool:
+    """Whether each key head is read by as many query heads, in order."""
+    group, left = divmod(len(heads.query), len(heads.key))
+    in_groups = tuple(query // group for query in range(len(heads.query))) if group else ()
+    return not left and heads.key_of_query == in_groups
+
+
+def _times(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _split_ffn(ffn: FeedForward, world: World, is_sequence_parallel: bool) -> None:
+    enter = gather_rows if is_sequence_parallel else copy_in
+    ffn.register_forward_pre_hook(lambda _ffn, inputs: (enter(inputs[0], world),))
+    _sum_behind(ffn.down, world, is_sequence_parallel)
+
+
+def _enter_attention(
+    _attention: nn.Module, inputs: tuple[Any, ...], *, world: World, is_sequence_parallel: bool
+) -> tuple[Any, ...]:
+    x_BTD, layout, *others = inputs
+    assert isinstance(layout, Layout)
+    if is_sequence_parallel:
+        return as_tokens(gather_rows(x_BTD, world), layout), layout, *others
+    return copy_in(x_BTD, world), layout, *others
+
+
+def _sum_behind(linear: Linear, world: World, is_sequence_parallel: bool) -> None:
+    """Sums the products of a matrix that is split by its inputs; its bias is added once."""
+    multiply: Product = linear.product
+    leave: Callable[[Tensor, World], Tensor] = scatter_rows if is_sequence_parallel else sum_up
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = leave(multiply(x, weight, None), world)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    linear.product = product
+
+
+def _with_gradient(part: Part) -> Tensor:
+    """The part's gradient; zero where no token has reached it."""
+    if part.tensor.grad is None:
+        part.tensor.grad = torch.zeros_like(part.tensor)
+    assert part.gradient is not None
+    return part.gradient
+
+
+def _in_whole(part: Part) -> Tensor:
+    """The part's gradient in a whole one that is zero elsewhere."""
+    gradient = _with_gradient(part)
+    whole = gradient.new_zeros(part.place.shape)
+    whole[part.place.box.slices] = gradient
+    return whole
