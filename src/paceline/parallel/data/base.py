@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class DataParallel(ABC):
             model: with its weights.
             places: where this model's parameters lie in the whole one's.
         """
+
+    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:  # noqa: ARG002
+        """Runs the forward pass of a stage that is not called as a model.
+
+        Args:
+            run: calls parts of the model; gives the stage's output.
+            is_first: whether it looks tokens up.
+        """
+        return run()
 
     @abstractmethod
     def finish_pass(self, model: Decoder) -> None:

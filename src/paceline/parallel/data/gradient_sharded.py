@@ -14,7 +14,7 @@ Differs: as stage 1 in what a part is; buckets end where units end, and those of
 # ruff: noqa: ARG002 (arguments are the contract's)
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -45,8 +45,11 @@ class GradientSharded(DataParallel):
         self._parts = trained_parts(model, parts)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, self._parts)
         self._ready = ReadyGradients(self._gradients, units)
-        Watch(model, units, self)
+        self._watch = Watch(model, units, self)
         return parts
+
+    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:
+        return self._watch.around(run, is_first=is_first)
 
     def before_forward(self, unit: Unit) -> None:
         pass  # parameters are whole

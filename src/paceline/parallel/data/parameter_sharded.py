@@ -4,10 +4,10 @@ Source: Rajbhandari et al., ZeRO, arXiv:1910.02054, Sec. 5.3 and 7.2.2.
 Replaces: fully_sharded.  Needs: mesh.dp_shard > 1.  Forbids: nothing.
 Cost: memory a rank: state / dp_shard; besides it, while a pass runs, the whole parameters of the
     unit that it is in and of the first one, and the whole gradients of one bucket. Every
-    micro-batch all-gathers P x params bytes before forward passes and P x params bytes before
-    backward passes, unit by unit, and reduce-scatters P_g x reduce bytes of gradients; with
-    dp_replicate > 1 a step all-reduces P_g / dp_shard x reduce bytes of gradients. P: parameters,
-    P_g: trained ones, each tensor's rows padded to a multiple of dp_shard.
+    micro-batch all-gathers P x params bytes before forward passes and as many before backward
+    passes, less an untied embedding's, unit by unit, and reduce-scatters P_g x reduce bytes of
+    gradients; with dp_replicate > 1 a step all-reduces P_g / dp_shard x reduce bytes of gradients.
+    P: parameters, P_g: trained ones, each tensor's rows padded to a multiple of dp_shard.
 Differs: parameters are gathered in their own dtype, not in that of compute. Where the two differ,
     the copy that `weight.to(dtype)` makes is autograd's, which keeps it from the forward pass to
     the backward one, unless the product casts again by itself, as deferred ones do. Gradients of
@@ -18,7 +18,7 @@ Differs: parameters are gathered in their own dtype, not in that of compute. Whe
 # ruff: noqa: ARG002 (arguments are the contract's)
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class ParameterSharded(DataParallel):
     def __init__(self, world: World, precision: PrecisionConfig) -> None:
         super().__init__(world, precision)
         self._rows: dict[nn.Parameter, nn.Parameter] = {}
-        self._whole: set[Unit] = set()
+        self._whole: dict[Unit, tuple[nn.Parameter, ...]] = {}
 
     def wrap(self, model: Decoder) -> None:
         pass
@@ -66,11 +66,14 @@ class ParameterSharded(DataParallel):
         trained = trained_parts(model, parts)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, trained)
         self._ready = ReadyGradients(self._gradients, units)
-        Watch(model, units, self)
+        self._watch = Watch(model, units, self)
         return parts
 
+    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:
+        return self._watch.around(run, is_first=is_first)
+
     def before_forward(self, unit: Unit) -> None:
-        self._gather(unit)
+        self._gather(unit, unit.parameters)
 
     def after_forward(self, unit: Unit) -> None:
         if not self._ready.is_open(unit):  # else a backward pass computes it once more
@@ -78,7 +81,7 @@ class ParameterSharded(DataParallel):
 
     def before_backward(self, unit: Unit) -> None:
         self._free(self._ready.begin(unit))
-        self._gather(unit)
+        self._gather(unit, unit.needed_backward)
 
     def on_ready(self, parameter: nn.Parameter) -> None:
         self._ready.defer(parameter)
@@ -101,17 +104,17 @@ class ParameterSharded(DataParallel):
         degree, index = self.world.mesh.dp_shard, self.world.coordinate("dp_shard")
         return padded_share(num_rows, degree, index)
 
-    def _gather(self, unit: Unit) -> None:
-        if unit in self._whole:
-            return
-        self._whole.add(unit)
-        for parameter in unit.parameters:
-            parameter.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
-        gather_rows({parameter: self._rows[parameter] for parameter in unit.parameters}, self.world)
+    def _gather(self, unit: Unit, parameters: tuple[nn.Parameter, ...]) -> None:
+        self._whole[unit] = parameters
+        freed = [p for p in parameters if not p.untyped_storage().size()]
+        for parameter in freed:
+            parameter.untyped_storage().resize_(parameter.nbytes)
+        gather_rows({parameter: self._rows[parameter] for parameter in freed}, self.world)
 
     def _free(self, units: Iterable[Unit]) -> None:
-        for unit in units:
-            self._whole.discard(unit)
-            for parameter in unit.parameters:
-                # The storage stays, and with it what autograd has saved that lies in it.
+        parameters = [p for unit in units for p in self._whole.pop(unit, ())]
+        needed = {p for of_unit in self._whole.values() for p in of_unit}
+        for parameter in parameters:
+            if parameter not in needed:
+                # The storage itself stays, and with it what autograd has saved that lies in it.
                 parameter.untyped_storage().resize_(0)

@@ -6,7 +6,7 @@ from torch import nn
 
 from paceline.parallel import buckets
 from paceline.parallel.data.shard_gradients import ShardGradients
-from paceline.parallel.data.units import Unit
+from paceline.parallel.data.units import FIRST, Unit
 
 
 class ReadyGradients:
@@ -28,7 +28,9 @@ class ReadyGradients:
             unit: [parameter for parameter in unit.parameters if parameter in trained]
             for unit in units
         }
+        self._shared = frozenset(p for unit in units for p in unit.shared)
         self._deferred: set[nn.Parameter] = set()
+        self._late: dict[nn.Parameter, None] = {}
         self._open: list[Unit] = []
         self._bucket: dict[nn.Parameter, None] = {}
         self._size_bytes = 0
@@ -43,7 +45,7 @@ class ReadyGradients:
         Returns:
             The units that it has left by that: all others but the first.
         """
-        left = [other for other in self._open if not other.is_outer and other is not unit]
+        left = [other for other in self._open if other.name != FIRST and other is not unit]
         self._leave(left)
         if unit not in self._open:
             self._open.append(unit)
@@ -57,14 +59,19 @@ class ReadyGradients:
     def finish_pass(self) -> None:
         """Reduces all that is left of a pass."""
         self._leave(list(self._open))
+        late, self._late = list(self._late), {}
+        for parameter in late:
+            self._add(parameter)
         self._flush()
 
     def _leave(self, units: list[Unit]) -> None:
         for unit in units:
             self._open.remove(unit)
             for parameter in self._trained[unit]:
+                if parameter in self._shared:  # the other unit may add to it yet
+                    self._late[parameter] = None
                 # One that is deferred comes later, unless this pass was not split.
-                if parameter not in self._deferred or parameter.grad is not None:
+                elif parameter not in self._deferred or parameter.grad is not None:
                     self._add(parameter)
 
     def _add(self, parameter: nn.Parameter) -> None:

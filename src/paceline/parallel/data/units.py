@@ -1,7 +1,7 @@
 """The units of a decoder: what is gathered, reduced and freed together, and when.
 
-A unit is a block, or what follows the last block (norm and head), or what comes before the first
-(embeddings and prelude), which other units may use too: a tied head does.
+A unit is a block, or what comes before the first block (embeddings and prelude), or what follows
+the last one (norm and head). The first and the last have a tied embedding in common.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from paceline.models.decoder import Decoder
 
-_LAST = ("norm", "head")
+FIRST, LAST = "first", "last"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,17 +23,21 @@ class Unit:
     """Parameters that are used together.
 
     Attributes:
-        name: of the module, or ``first`` or ``last`` for what is outside the blocks.
+        name: of the block, or `FIRST` or `LAST`.
         parameters: all of them, in the order of the model.
+        shared: those that another unit uses too.
+        looked_up: those of which the backward pass reads no values.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
+    shared: frozenset[nn.Parameter] = frozenset()
+    looked_up: frozenset[nn.Parameter] = frozenset()
 
     @property
-    def is_outer(self) -> bool:
-        """Whether it is open as long as the pass, since other units may use it."""
-        return self.name == "first"
+    def needed_backward(self) -> tuple[nn.Parameter, ...]:
+        """The parameters whose values the backward pass reads."""
+        return tuple(p for p in self.parameters if p not in self.looked_up)
 
 
 class Watcher(Protocol):
@@ -47,19 +51,39 @@ class Watcher(Protocol):
         """The gradient of the unit's output is there.
 
         A unit's backward pass ends when another's begins or the whole pass is over; the first
-        unit's, only then. It may begin no more than that: where nothing needs a gradient.
+        unit's, only then. Where nothing needs a gradient, none begins.
         """
         ...
 
 
 def units_of(model: Decoder) -> list[Unit]:
-    """The units of this rank's part of a model, in the order of use; none is empty."""
-    groups: dict[str, list[nn.Parameter]] = {"first": []}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        key = ".".join(parts[:2]) if parts[0] == "blocks" else "first"
-        groups.setdefault("last" if parts[0] in _LAST else key, []).append(parameter)
-    return [Unit(name, tuple(group)) for name, group in groups.items() if group]
+    """The units of this rank's part of a model; none is empty."""
+    named = dict(model.named_parameters())
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault(_unit_of(name), []).append(parameter)
+    shared: frozenset[nn.Parameter] = frozenset()
+    if model.spec.tied_embeddings and LAST in groups:
+        shared = frozenset([named["embedding.weight"]])
+        groups[LAST] += shared
+    tables = [module for module in model.children() if isinstance(module, nn.Embedding)]
+    looked_up = frozenset(table.weight for table in tables)
+    return [
+        Unit(
+            name,
+            tuple(group),
+            shared & frozenset(group),
+            looked_up & frozenset(group) if name == FIRST else frozenset(),
+        )
+        for name, group in groups.items()
+    ]
+
+
+def _unit_of(name: str) -> str:
+    top, *rest = name.split(".")
+    if top == "blocks":
+        return f"{top}.{rest[0]}"
+    return LAST if top in ("norm", "head") else FIRST
 
 
 class Watch:
@@ -78,31 +102,41 @@ class Watch:
         self._watcher = watcher
         self._named = {unit.name: unit for unit in units}
         self._open: list[Unit] = []  # units outside the blocks that this forward pass has entered
-        model.register_forward_pre_hook(self._enter_model)
+        model.register_forward_pre_hook(self._enter_first)
         for name, block in model.blocks.named_children():
             if (unit := self._named.get(f"blocks.{name}")) is not None:
                 block.register_forward_pre_hook(self._entry(unit))
                 block.register_forward_hook(self._exit(unit))
-        if "last" in self._named:
+        if LAST in self._named:
             model.norm.register_forward_pre_hook(self._enter_last)
         model.register_forward_hook(self._leave_model)
 
-    @torch.compiler.disable
-    def _enter_model(self, _module: nn.Module, _inputs: Any) -> None:
+    def around(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:
+        """Runs a stage that is not called as a model; `is_first`: it looks tokens up."""
         self._open = []
-        if "first" in self._named:
-            self._enter(self._named["first"])
+        if is_first:
+            self._enter(FIRST)
+        return self._leave(run())
+
+    @torch.compiler.disable
+    def _enter_first(self, _module: nn.Module, _inputs: Any) -> None:
+        self._open = []
+        self._enter(FIRST)
 
     @torch.compiler.disable
     def _enter_last(self, _module: nn.Module, _inputs: Any) -> None:
-        self._enter(self._named["last"])
-
-    def _enter(self, unit: Unit) -> None:
-        self._open.append(unit)
-        self._watcher.before_forward(unit)
+        self._enter(LAST)
 
     @torch.compiler.disable
     def _leave_model(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return self._leave(output)
+
+    def _enter(self, name: str) -> None:
+        if name in self._named:
+            self._open.append(self._named[name])
+            self._watcher.before_forward(self._named[name])
+
+    def _leave(self, output: Tensor) -> Tensor:
         for unit in self._open:
             self._watcher.after_forward(unit)
         return _Border.apply(output, self._watcher, self._open)
