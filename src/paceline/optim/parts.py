@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +37,12 @@ class Part(NamedTuple):
     def gradient(self) -> Tensor | None:
         """The part's gradient, if it has one."""
         return None if self.tensor.grad is None else local(self.tensor.grad)
+
+    def ensured_gradient(self) -> Tensor:
+        """The part's gradient, which is made, of zeros, where no token has reached it."""
+        if self.tensor.grad is None:
+            self.tensor.grad = torch.zeros_like(self.tensor)
+        return local(self.tensor.grad)
 
     @property
     def owned_gradient(self) -> Tensor | None:

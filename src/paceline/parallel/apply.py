@@ -1,29 +1,39 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> tp -> remat -> compile -> data -> memory and weights
+peft -> freeze -> pp -> tp -> remat -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
+from paceline.kernels.deferred import DeferredGradients
 from paceline.kernels.device import choose_dtype
 from paceline.memory.remat import REMAT
 from paceline.memory.remat.base import Remat
 from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
+from paceline.models.linear import Linear
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
 from paceline.optim.parts import Part
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
+from paceline.parallel.pipeline import SCHEDULES
+from paceline.parallel.pipeline.base import Schedule
+from paceline.parallel.pipeline.partition import stage_layers
+from paceline.parallel.pipeline.passes import EMBEDDING, Passes
+from paceline.parallel.pipeline.runtime import Border
+from paceline.parallel.pipeline.stages import Cut, keep_stages, stage_models
 from paceline.parallel.tensor.decoder import SplitDecoder, split
 from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
@@ -35,7 +45,8 @@ class ParallelModel:
     """A model laid over the ranks of a world.
 
     Attributes:
-        module: this rank's part; call it as the plain model.
+        module: this rank's part; without a pipeline, to be called as the plain model.
+        passes: runs micro-batches through it.
         data: how data ranks share its state.
         parts: what this rank holds of each parameter.
         tensor: how its matrices are split over ranks, if they are.
@@ -44,6 +55,7 @@ class ParallelModel:
     """
 
     module: Decoder
+    passes: Passes
     data: DataParallel
     parts: dict[str, Part]
     tensor: SplitDecoder | None = None
@@ -54,15 +66,12 @@ class ParallelModel:
         """Mesh axes over which parameters are spread."""
         return (*self.data.spread_axes, "tp", "pp")
 
-    def finish_pass(self) -> None:
-        """Called after every backward pass, or part of one, of one stage and micro-batch."""
-        self.data.finish_pass(self.module)
-
     def finish_gradients(self) -> None:
         """Called after the last backward of a step; then gradients of parts are whole sums."""
         self.data.finish_gradients(self.module)
         if self.tensor is not None:
             self.tensor.finish_gradients(self.parts, self.data.spread_axes)
+        self.passes.finish_gradients(self.parts)
 
     def finish_update(self) -> None:
         """Called after the optimizer has moved the parts, or a checkpoint has filled them."""
@@ -96,11 +105,12 @@ def apply(
     model.compute_dtype = choose_dtype(plan.precision.compute, world.device)
     attached = attach(model, plan.peft, weights, seed=plan.train.seed, added=added)
     freeze(model, plan.train.freeze)
-    tensor: SplitDecoder | None = None
-    places = {n: Place.of_whole(tuple(p.shape)) for n, p in model.named_parameters()}
-    if plan.mesh.tp > 1:
-        tensor = split(model, spec, world, is_sequence_parallel=plan.tensor.sequence_parallel)
-        places = tensor.places
+    cut = cut_of(plan, spec, world.coordinate("pp"))
+    deferred = defer(model, plan)
+    keep_stages(model, cut)
+    tensor, places = _split(model, spec, plan, world)
+    if cut.other_end is not None and cut.has_last:
+        places[EMBEDDING] = places[EMBEDDING].disowned()
     recompute(model, REMAT.load(plan.memory.remat))
     if is_compiled(plan, world.device):
         for block in model.blocks:
@@ -108,7 +118,65 @@ def apply(
     data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
     fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
-    return ParallelModel(model, data, data.hold(model, places), tensor, attached.added)
+    passes = Passes(
+        cut,
+        stage_models(model, cut),
+        schedule=SCHEDULES.load(plan.pipeline.schedule),
+        stages_per_rank=plan.pipeline.stages_per_rank,
+        border=partial(_border, model, plan),
+        world=world,
+        deferred=deferred,
+        run_stage=data.run_stage,
+        on_ready=data.on_ready,
+        finished=partial(data.finish_pass, model),
+    )
+    return ParallelModel(model, passes, data, data.hold(model, places), tensor, attached.added)
+
+
+def cut_of(plan: Plan, spec: ModelSpec, rank: int) -> Cut:
+    """The stages of a model, and those of a rank on the pipeline's axis."""
+    degree, per_rank = plan.mesh.pp, plan.pipeline.stages_per_rank
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    own = [schedule.stages_of(other, degree, per_rank) for other in range(degree)]
+    layers = stage_layers(
+        spec, degree * per_rank, plan.train.sequence_length, plan.pipeline.stage_cuts
+    )
+    ranks = {stage: other for other, stages in enumerate(own) for stage in stages}
+    return Cut(layers, own[rank], ranks, spec.tied_embeddings)
+
+
+def defer(model: Decoder, plan: Plan) -> DeferredGradients:
+    """What linear layers owe where backward passes are split.
+
+    In a pipeline several micro-batches are under way, and none of them may keep a cast weight.
+    """
+    deferred = DeferredGradients()
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    if plan.mesh.pp > 1 or schedule.splits_backward:
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.product = deferred.linear
+    return deferred
+
+
+def _split(
+    model: Decoder, spec: ModelSpec, plan: Plan, world: World
+) -> tuple[SplitDecoder | None, dict[str, Place]]:
+    """Splits the model over tensor ranks, if there are several; where its parameters lie."""
+    if plan.mesh.tp == 1:
+        named = model.named_parameters()
+        return None, {name: Place.of_whole(tuple(p.shape)) for name, p in named}
+    tensor = split(model, spec, world, is_sequence_parallel=plan.tensor.sequence_parallel)
+    return tensor, dict(tensor.places)
+
+
+def _border(model: Decoder, plan: Plan, tokens: tuple[int, ...]) -> Border:
+    """What goes from stage to stage: hidden states, or this rank's rows of them."""
+    assert model.compute_dtype is not None
+    width = model.spec.d_model
+    if plan.mesh.tp > 1 and plan.tensor.sequence_parallel:
+        return Border((1, -(-math.prod(tokens) // plan.mesh.tp), width), model.compute_dtype)
+    return Border((*tokens, width), model.compute_dtype)
 
 
 class _PartWeights:
@@ -140,7 +208,7 @@ def is_compiled(plan: Plan, device: torch.device) -> bool:
     """Whether blocks are compiled on a device; for float64, which proves plans, only when told."""
     if plan.train.compile != "auto":
         return plan.train.compile == "on"
-    is_alone = plan.mesh.tp == 1
+    is_alone = plan.mesh.tp == plan.mesh.pp == 1
     return is_alone and device.type == "cuda" and plan.precision.compute != "float64"
 
 

@@ -23,12 +23,8 @@ from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig, Plan
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.pp": (1,),
     "mesh.cp": (1,),
     "mesh.ep": (1,),
-    "pipeline.schedule": ("one-f-one-b",),
-    "pipeline.stages_per_rank": (1,),
-    "pipeline.stage_cuts": (None,),
     "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
@@ -345,9 +341,9 @@ def _split_backward(known: Known) -> Iterator[Problem]:
     plan, path = known.plan, "pipeline.schedule"
     if not _schedule(plan.pipeline.schedule).splits_backward:
         return
-    if plan.zero_stage == 3:
-        rule = "splits backward passes, which zero.stage = 3 cannot: it frees weights between them"
-        yield _problem(known, path, rule, f"set zero.stage = 0, or use {_whole_schedules()}")
+    if plan.zero_technique == "3":
+        rule = "splits backward passes, of which torch's ZeRO stage 3 wants each in one piece"
+        yield _problem(known, path, rule, f'set zero.sharder = "own", or use {_whole_schedules()}')
     if plan.train.compile == "on":
         rule = 'splits backward passes, which train.compile = "on" cannot'
         hint = f'set train.compile = "off", or use {_whole_schedules()}'

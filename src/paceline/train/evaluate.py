@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -37,7 +38,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: ParallelModel, batches: Iterable[Batch], objective: Objective, world: World
+    model: ParallelModel,
+    batches: Iterable[Batch],
+    objective: Objective,
+    world: World,
+    *,
+    num_microbatches: int = 1,
 ) -> Evaluation:
     """The mean loss over all ranks' batches, every token weighing the same.
 
@@ -46,6 +52,7 @@ def evaluate(
         batches: this rank's; as many on every rank.
         objective: gives the sums of losses.
         world: the ranks.
+        num_microbatches: batches that go through a pipeline together.
 
     Raises:
         DataError: no token has a loss.
@@ -53,11 +60,13 @@ def evaluate(
     """
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     model.module.eval()
-    for batch in batches:
-        total[0] += objective(model.module, batch.to(world.device))
-        total[1] += batch.count
+    waiting = iter(batches)
+    while several := list(islice(waiting, num_microbatches)):
+        total[0] += model.passes.evaluate(several, objective)
+        total[1] += sum(batch.count for batch in several)
     model.finish_evaluation()
     model.module.train()
+    world.sum(total[:1], ("pp",), purpose="held-out loss")  # the last stage alone has seen it
     loss_sum, count = world.sum(total, DATA_AXES, purpose="held-out loss").tolist()
     if count == 0:
         raise DataError("the held-out rows have no valid token", hint="give more --eval-data")

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from paceline.core.errors import PacelineError
 from paceline.data.batch import Batch
 from paceline.dist.world import World
@@ -68,12 +66,7 @@ def compute_gradients(
     """
     model = state.model
     scale = LossScale(sum(batch.count for batch in batches), world)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
-        loss = objective(model.module, batch.to(world.device))
-        scale.scaled(loss).backward()
-        model.finish_pass()
-        loss_sum += loss.detach()
+    loss_sum = model.passes.train(batches, objective, scale.scaled)
     model.finish_gradients()
     parts = list(model.parts.values())
     norm = global_norm(parts, model.spread_axes, world)

@@ -182,7 +182,13 @@ class Trainer:
             return
         start_s = self.clock.now_s()
         batches = self.held_out.batches(self.world.data_index)
-        result = evaluate(self.state.model, batches, self.objective, self.world)
+        result = evaluate(
+            self.state.model,
+            batches,
+            self.objective,
+            self.world,
+            num_microbatches=self.plan.mesh.pp,
+        )
         self.evaluation = EvalRecord(
             step=step,
             loss=result.loss,

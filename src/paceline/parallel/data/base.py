@@ -39,7 +39,7 @@ class DataParallel(ABC):
         """In which gradients are summed over ranks."""
         return choose_dtype(self.precision.reduce, self.world.device)
 
-    def on_ready(self, parameter: nn.Parameter) -> None:  # noqa: B027
+    def on_ready(self, parameter: Tensor) -> None:  # noqa: B027
         """Told of a gradient that something other than autograd has put into `parameter.grad`.
 
         Autograd's are found without it. What waits for the end of the step has nothing to do.
@@ -62,7 +62,7 @@ class DataParallel(ABC):
             places: where this model's parameters lie in the whole one's.
         """
 
-    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:  # noqa: ARG002
+    def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:  # noqa: ARG002
         """Runs the forward pass of a stage that is not called as a model.
 
         Args:

@@ -48,7 +48,7 @@ class GradientSharded(DataParallel):
         self._watch = Watch(model, units, self)
         return parts
 
-    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:
+    def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:
         return self._watch.around(run, is_first=is_first)
 
     def before_forward(self, unit: Unit) -> None:
@@ -60,7 +60,7 @@ class GradientSharded(DataParallel):
     def before_backward(self, unit: Unit) -> None:
         self._ready.begin(unit)
 
-    def on_ready(self, parameter: nn.Parameter) -> None:
+    def on_ready(self, parameter: Tensor) -> None:
         self._ready.defer(parameter)
 
     def finish_pass(self, model: Decoder) -> None:

@@ -69,7 +69,7 @@ class ParameterSharded(DataParallel):
         self._watch = Watch(model, units, self)
         return parts
 
-    def run_stage(self, run: Callable[[], Tensor], *, is_first: bool) -> Tensor:
+    def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:
         return self._watch.around(run, is_first=is_first)
 
     def before_forward(self, unit: Unit) -> None:
@@ -83,7 +83,7 @@ class ParameterSharded(DataParallel):
         self._free(self._ready.begin(unit))
         self._gather(unit, unit.needed_backward)
 
-    def on_ready(self, parameter: nn.Parameter) -> None:
+    def on_ready(self, parameter: Tensor) -> None:
         self._ready.defer(parameter)
 
     def finish_pass(self, model: Decoder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from paceline.parallel import buckets
 from paceline.parallel.data.shard_gradients import ShardGradients
@@ -51,8 +51,9 @@ class ReadyGradients:
             self._open.append(unit)
         return left
 
-    def defer(self, parameter: nn.Parameter) -> None:
+    def defer(self, parameter: Tensor) -> None:
         """A gradient that autograd has not brought is in ``parameter.grad``."""
+        assert isinstance(parameter, nn.Parameter)
         self._deferred.add(parameter)
         self._add(parameter)
 

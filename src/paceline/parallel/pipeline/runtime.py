@@ -56,6 +56,7 @@ class Runtime:
         border: of a stage's input, for all but the first.
         peers: the other ranks of the pipeline, for `PURPOSES`.
         deferred: what the stages' linear layers owe, where backward passes are split.
+        on_ready: is told of each parameter whose gradient a weight pass has added to.
         finished: is called after each backward and weight pass.
         clock: of the trace; on a GPU it sees when passes are queued, not when they run.
 
@@ -72,6 +73,7 @@ class Runtime:
         border: Callable[[int], Border],
         peers: PointToPoint,
         deferred: DeferredGradients,
+        on_ready: Callable[[Tensor], None] | None = None,
         finished: Callable[[Action], None],
         clock: Clock,
     ) -> None:
@@ -82,6 +84,7 @@ class Runtime:
         self._border = border
         self._peers = peers
         self._deferred = deferred
+        self._on_ready = on_ready
         self._finished = finished
         self._clock = clock
         self._mail: dict[Action, Tensor | PendingTensor] = {}
@@ -128,7 +131,7 @@ class Runtime:
         self._finished(action)
 
     def _backward_weight(self, action: Action) -> None:
-        self._deferred.compute((action.stage, action.microbatch))
+        self._deferred.compute((action.stage, action.microbatch), self._on_ready)
         self._finished(action)
 
     def _backpropagate(self, action: Action) -> None:

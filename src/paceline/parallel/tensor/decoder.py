@@ -74,14 +74,14 @@ class SplitDecoder:
         Comm: an all-reduce over tp of the partial gradients, and one of the copied parameters'
             whole gradients over tp and the spread axes.
         """
-        partial_parts = [_with_gradient(parts[name]) for name in self._held(self.partial, parts)]
+        partial_parts = [parts[name].ensured_gradient() for name in self._held(self.partial, parts)]
         sum_in_buckets(partial_parts, self.world, (AXIS,), purpose=GRADIENTS)
         axes = (*spread_axes, AXIS)
         for names in self._in_buckets(list(self._held(self.copied, parts)), parts):
             wholes = [_in_whole(parts[name]) for name in names]
             sum_in_buckets(wholes, self.world, axes, purpose=GRADIENTS)
             for name, whole in zip(names, wholes, strict=True):
-                _with_gradient(parts[name]).copy_(whole[parts[name].place.box.slices])
+                parts[name].ensured_gradient().copy_(whole[parts[name].place.box.slices])
 
     def _held(self, names: frozenset[str], parts: Mapping[str, Part]) -> Iterator[str]:
         return (name for name in parts if name in names and parts[name].tensor.requires_grad)
@@ -224,17 +224,9 @@ def _sum_behind(linear: Linear, world: World, is_sequence_parallel: bool) -> Non
     linear.product = product
 
 
-def _with_gradient(part: Part) -> Tensor:
-    """The part's gradient; zero where no token has reached it."""
-    if part.tensor.grad is None:
-        part.tensor.grad = torch.zeros_like(part.tensor)
-    assert part.gradient is not None
-    return part.gradient
-
-
 def _in_whole(part: Part) -> Tensor:
     """The part's gradient in a whole one that is zero elsewhere."""
-    gradient = _with_gradient(part)
+    gradient = part.ensured_gradient()
     whole = gradient.new_zeros(part.place.shape)
     whole[part.place.box.slices] = gradient
     return whole

@@ -1,0 +1,121 @@
+"""A decoder cut into stages: what each holds, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from paceline.models.decoder import Absent, Decoder
+from paceline.models.layout import Layout
+from paceline.models.linear import Linear
+from paceline.models.tied import TiedEmbedding
+from paceline.models.vocabulary import Head, logits
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which layers each stage has, and which stages are here.
+
+    Attributes:
+        layers: of every stage of the model.
+        own: the stages of this rank.
+        ranks: the rank on the pipeline's axis of every stage.
+        is_tied: whether one matrix is embedding and head.
+    """
+
+    layers: tuple[range, ...]
+    own: tuple[int, ...]
+    ranks: Mapping[int, int]
+    is_tied: bool
+
+    @property
+    def last(self) -> int:
+        """The stage with the head."""
+        return len(self.layers) - 1
+
+    @property
+    def has_first(self) -> bool:
+        """Whether the stage with the embedding is here."""
+        return 0 in self.own
+
+    @property
+    def has_last(self) -> bool:
+        """Whether the stage with the head is here."""
+        return self.last in self.own
+
+    @property
+    def other_end(self) -> int | None:
+        """The rank that has the same matrix at the model's other end; None where none has."""
+        first, last = self.ranks[0], self.ranks[self.last]
+        if not self.is_tied or first == last or not (self.has_first or self.has_last):
+            return None
+        return last if self.has_first else first
+
+
+def keep_stages(model: Decoder, cut: Cut) -> None:
+    """Leaves a decoder of the meta device the stages of this rank, in place.
+
+    Parameters keep their names. The matrix of a model that has one for embedding and head is with
+    both of them.
+    """
+    here = {layer for stage in cut.own for layer in cut.layers[stage]}
+    for layer in range(len(model.blocks)):
+        if layer not in here:
+            model.blocks[layer] = Absent()
+    if not cut.has_first:
+        if cut.other_end is None:
+            model.embedding = cast("nn.Embedding", Absent())
+        if model.spec.positions == "learned":
+            model.position_embedding = cast("nn.Embedding", Absent())
+    if not cut.has_last:
+        model.norm = Absent()
+        if not cut.is_tied:
+            model.head = cast("Linear", Absent())
+
+
+class StageModel:
+    """One stage, called as the whole model is.
+
+    Args:
+        model: this rank's part of the decoder.
+        layers: of the stage.
+        is_first: whether it takes tokens; else it takes what `given` is.
+        is_last: whether it calls the head; else it gives hidden states.
+
+    Attributes:
+        given: what the stage before has made of the batch.
+    """
+
+    def __init__(self, model: Decoder, layers: range, *, is_first: bool, is_last: bool) -> None:
+        self._model = model
+        self._layers = layers
+        self._is_first, self._is_last = is_first, is_last
+        self.given: Tensor | None = None
+
+    def __call__(
+        self, tokens_BT: Tensor, layout: Layout | None = None, *, head: Head = logits
+    ) -> Tensor:
+        model, place = self._model, layout or Layout.whole_rows(tokens_BT)
+        if self._is_first:
+            is_whole = self._is_last and model.spec.tied_embeddings
+            tied = TiedEmbedding(model.embedding.weight) if is_whole else None
+            x_BTD = model.positioned(model.embed(tokens_BT, tied), place)
+        else:
+            tied = None
+            assert self.given is not None, "a stage runs after the one before it"
+            x_BTD, self.given = self.given, None
+        x_BTD = model.through(x_BTD, place, self._layers)
+        return model.predict(x_BTD, place, head, tied) if self._is_last else x_BTD
+
+
+def stage_models(model: Decoder, cut: Cut) -> dict[int, Decoder | StageModel]:
+    """What objectives call for each stage of this rank: the model itself where it is whole."""
+    if cut.last == 0:
+        return {0: model}
+    return {
+        stage: StageModel(model, cut.layers[stage], is_first=stage == 0, is_last=stage == cut.last)
+        for stage in cut.own
+    }
