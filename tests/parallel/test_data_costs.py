@@ -281,7 +281,7 @@ def test_only_the_unit_in_use_is_whole(is_untied, remat):
         loss = next_token(model, batches(world, spec)[0])
         look("between")
         loss.backward()
-        state.model.finish_pass()
+        state.model.data.finish_pass(state.model.module)
         look("after")
         return seen
 
@@ -310,7 +310,7 @@ def test_nothing_is_whole_after_a_pass_even_where_no_gradient_flows(freeze):
     def run(rank: int) -> Any:
         state, world = begin(plan, UNTIED, rank)
         next_token(state.model.module, batches(world, UNTIED)[0]).backward()
-        state.model.finish_pass()
+        state.model.data.finish_pass(state.model.module)
         whole = [n for n, p in state.model.module.named_parameters() if p.untyped_storage().size()]
         step(state, world, UNTIED)
         with torch.no_grad():

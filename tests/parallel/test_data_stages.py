@@ -147,6 +147,37 @@ def test_one_rank_sends_nothing():
     assert world.traffic.transfers == []
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
+@pytest.mark.parametrize("plan", [p for p in LAYOUTS if p.zero_technique in ("1", "2", "3-own")])
+def test_a_pass_that_misses_a_parameter_on_some_ranks_counts_as_zero_there(
+    monkeypatch, plan, bucket_bytes
+):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
+    missed = ("blocks.1.ffn_norm.weight", "embedding.weight", "norm.weight")
+
+    def loss(model, index: int) -> torch.Tensor:
+        for name in missed:  # without a gradient on all ranks but the first
+            owner = model.get_submodule(name.removesuffix(".weight"))
+            owner.weight.requires_grad_(index == 0)
+        tokens_BT = torch.arange(8).view(1, 8) * (index + 1) % SPEC.vocab_size
+        return model(tokens_BT).square().sum()
+
+    def work(model, world):
+        loss(model.module, world.data_index).backward()
+        model.data.finish_pass(model.module)
+        model.data.finish_gradients(model.module)
+        return {name: whole(part, world, gradient=True) for name, part in model.parts.items()}
+
+    alone = apply(SPEC, RandomWeights(SPEC, seed=3), Plan(), World(MeshConfig(), 0, CPU))
+    for index in range(plan.mesh.num_data_ranks):
+        loss(alone.module, index).backward()
+    for found in on_ranks(plan, work):
+        for name, parameter in alone.module.named_parameters():
+            expected = parameter.grad.numpy()
+            error = np.abs(found[name] - expected).max() / np.abs(expected).max()
+            assert error < 1e-5, (name, error)
+
+
 def test_a_gradient_that_only_some_ranks_have_is_summed_all_the_same():
     plan = Plan(mesh=MeshConfig(dp_replicate=2))
 

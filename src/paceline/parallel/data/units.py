@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from paceline.models.decoder import Decoder
 
 FIRST, LAST = "first", "last"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keeps a hook out of a compiled block's graph: it is of what is done, not of values."""
+    return cast("F", torch.compiler.disable(function))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +73,10 @@ def units_of(model: Decoder) -> list[Unit]:
     if model.spec.tied_embeddings and LAST in groups:
         shared = frozenset([named["embedding.weight"]])
         groups[LAST] += shared
-    tables = [module for module in model.children() if isinstance(module, nn.Embedding)]
-    looked_up = frozenset(table.weight for table in tables)
+    children = model.named_children()
+    looked_up = frozenset(
+        named[f"{name}.weight"] for name, child in children if isinstance(child, nn.Embedding)
+    )
     return [
         Unit(
             name,
@@ -118,16 +127,16 @@ class Watch:
             self._enter(FIRST)
         return self._leave(run())
 
-    @torch.compiler.disable
+    @_eager
     def _enter_first(self, _module: nn.Module, _inputs: Any) -> None:
         self._open = []
         self._enter(FIRST)
 
-    @torch.compiler.disable
+    @_eager
     def _enter_last(self, _module: nn.Module, _inputs: Any) -> None:
         self._enter(LAST)
 
-    @torch.compiler.disable
+    @_eager
     def _leave_model(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return self._leave(output)
 
@@ -142,14 +151,14 @@ class Watch:
         return _Border.apply(output, self._watcher, self._open)
 
     def _entry(self, unit: Unit) -> Callable[[nn.Module, Any], None]:
-        @torch.compiler.disable
+        @_eager
         def hook(_module: nn.Module, _inputs: Any) -> None:
             self._watcher.before_forward(unit)
 
         return hook
 
     def _exit(self, unit: Unit) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        @torch.compiler.disable
+        @_eager
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             self._watcher.after_forward(unit)
             return _Border.apply(output, self._watcher, [unit])
