@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 CPU = torch.device("cpu")
 SPEC = PRESETS["tiny"]
 FROZEN = ("blocks.1.*", "norm.weight")
-MESHES = [MeshConfig(dp_shard=2), MeshConfig(dp_shard=3), MeshConfig(dp_replicate=2, dp_shard=2)]
+MESHES = [MeshConfig(dp_shard=3), MeshConfig(dp_replicate=2, dp_shard=2)]
 ZEROS = {
     "0": ZeroConfig(stage=0),
     "1": ZeroConfig(stage=1),
@@ -148,7 +148,9 @@ def test_one_rank_sends_nothing():
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
-@pytest.mark.parametrize("plan", [p for p in LAYOUTS if p.zero_technique in ("1", "2", "3-own")])
+@pytest.mark.parametrize(
+    "plan", [p for p in LAYOUTS if p.zero_technique in ("1", "2", "3-own") and p.mesh.dp_shard == 3]
+)
 def test_a_pass_that_misses_a_parameter_on_some_ranks_counts_as_zero_there(
     monkeypatch, plan, bucket_bytes
 ):

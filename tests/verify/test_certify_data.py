@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -60,47 +62,54 @@ UNTIED = ModelSpec(
 )
 
 
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Values of a parameter, of which all but some are for long runs."""
+    return [
+        value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]
+
+
 def assert_certified(plan: Plan, spec: ModelSpec) -> None:
     plan = replace(plan, train=TrainConfig(sequence_length=16, tokens_per_step=16 * 24))
     certificate = certify(plan, spec, RandomWeights(spec, seed=2))
     assert certificate.certified, certificate.worst
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_but(MESHES, "3"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_number_of_ranks_shares_state(stage, mesh):
     assert_certified(Plan(mesh=MESHES[mesh], zero=STAGES[stage]), PRESETS["tiny"])
 
 
-@pytest.mark.parametrize("mesh", ["3", "2x2"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mesh", slow_but(["3", "2x2"], "3"))
+@pytest.mark.parametrize("stage", slow_but(STAGES, "1", "own 3"))
 def test_low_rank_additions_of_fewer_rows_than_ranks_are_shared(stage, mesh):
     peft = PeftConfig(method="lora", rank=2)
     assert_certified(Plan(mesh=MESHES[mesh], zero=STAGES[stage], peft=peft), UNTIED)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-@pytest.mark.parametrize("stage", ["2", "own 3"])
+@pytest.mark.parametrize("stage", slow_but(["2", "own 3"], "own 3"))
 def test_virtual_tokens_are_shared(stage, method):
     peft = PeftConfig(method=method, virtual_tokens=3)
     assert_certified(Plan(mesh=MESHES["2"], zero=STAGES[stage], peft=peft), PRESETS["tiny"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3"])
-@pytest.mark.parametrize("stage", ["2", "own 3"])
+@pytest.mark.parametrize("stage", slow_but(["2", "own 3"], "own 3"))
 def test_families_are_shared(stage, name):
     """Learned positions; stacked experts; scaled embeddings and norms with an offset."""
     assert_certified(Plan(mesh=MESHES["2"], zero=STAGES[stage]), family(name).PRESETS["tiny"])
 
 
-@pytest.mark.parametrize("remat", ["selective", "full"])
-@pytest.mark.parametrize("stage", ["2", "own 3"])
+@pytest.mark.parametrize("remat", slow_but(["selective", "full"], "full"))
+@pytest.mark.parametrize("stage", slow_but(["2", "own 3"], "own 3"))
 def test_stages_go_with_recomputation(stage, remat):
     plan = Plan(mesh=MESHES["2"], zero=STAGES[stage], memory=MemoryConfig(remat=remat))
     assert_certified(plan, UNTIED)
 
 
-@pytest.mark.parametrize("is_sequence_parallel", [True, False])
+@pytest.mark.parametrize("is_sequence_parallel", slow_but([True, False], True))
 @pytest.mark.parametrize("stage", OWN)
 def test_stages_go_with_tensor_ranks(stage, is_sequence_parallel):
     mesh = MeshConfig(dp_shard=2, tp=2)
@@ -109,9 +118,9 @@ def test_stages_go_with_tensor_ranks(stage, is_sequence_parallel):
     assert_certified(Plan(mesh=mesh, zero=STAGES[stage], tensor=tensor), spec)
 
 
-@pytest.mark.parametrize("schedule", PIPELINES)
+@pytest.mark.parametrize("schedule", slow_but(PIPELINES, "zero-bubble-v"))
 @pytest.mark.parametrize("stage", OWN)
-@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("is_tied", slow_but([True, False], True))
 def test_stages_go_with_pipelines(stage, schedule, is_tied):
     per_rank = PIPELINES[schedule]
     pipeline = PipelineConfig(schedule=schedule, stages_per_rank=per_rank, num_microbatches=4)

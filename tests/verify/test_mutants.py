@@ -102,7 +102,10 @@ def replicas_of_shards_never_reduced(patch: Patch, _rank: int) -> None:
         world = self.world
         alone = replace(world.mesh, dp_replicate=1)
         self.world = SimpleNamespace(  # type: ignore[assignment]
-            mesh=alone, device=world.device, device_mesh=world.device_mesh
+            mesh=alone,
+            device=world.device,
+            device_mesh=world.device_mesh,
+            traffic=world.traffic,
         )
         original(self, model)
         self.world = world
