@@ -74,7 +74,7 @@ class ParallelModel:
         self.passes.finish_gradients(self.parts)
 
     def finish_update(self) -> None:
-        """Called after the optimizer has moved the parts."""
+        """Called after the optimizer has moved the parts, or a checkpoint has filled them."""
         self.data.finish_update(self.module)
 
     def finish_evaluation(self) -> None:
@@ -115,7 +115,7 @@ def apply(
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
-    data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
+    data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
     fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
     passes = Passes(
@@ -126,8 +126,9 @@ def apply(
         border=partial(_border, model, plan),
         world=world,
         deferred=deferred,
-        on_ready=lambda _parameter: None,
-        finished=lambda: None,
+        run_stage=data.run_stage,
+        on_ready=data.on_ready,
+        finished=partial(data.finish_pass, model),
     )
     return ParallelModel(model, passes, data, data.hold(model, places), tensor, attached.added)
 
