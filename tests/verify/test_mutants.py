@@ -1,19 +1,27 @@
-"""Mutation tests: deliberate defects in the training of the ranks, each of which `certify` catches.
+"""Deliberate defects in the training of data ranks, each of which `certify` catches.
 
-A defect is a patch that is applied inside the forked ranks alone, so the oracle stays right. All
-of them are of kinds that a loss curve hides.
+All of them are of kinds that a loss curve hides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mutation import (
+    PACKED,
+    PADDED,
+    Defects,
+    Patch,
+    assert_caught,
+    certify_with,
+    nothing,
+    plan_of,
+)
 from torch.distributed.fsdp import FSDPModule
 
 from paceline.data.batch import IGNORED, Batch
@@ -24,7 +32,6 @@ from paceline.kernels import cross_entropy
 from paceline.kernels.device import choose_dtype
 from paceline.models.layout import Layout
 from paceline.models.tied import TiedEmbedding
-from paceline.models.weights import RandomWeights
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
 from paceline.parallel import apply as apply_module
@@ -32,12 +39,10 @@ from paceline.parallel import buckets
 from paceline.parallel.data import fully_sharded
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
-from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import PipelineConfig, Plan, TrainConfig
+from paceline.plan.plan import Plan
 from paceline.train import step as step_module
 from paceline.verify import certify as certify_module
-from paceline.verify.certify import BOUND, CASES, Certificate, certify
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -53,49 +58,17 @@ SPEC = ModelSpec(
     max_positions=32,
     tied_embeddings=True,
 )
-REPLICATED = MeshConfig(dp_replicate=2)
-SHARDED = MeshConfig(dp_shard=2)
-HYBRID = MeshConfig(dp_replicate=2, dp_shard=2)
+REPLICATED = plan_of(dp_replicate=2)
+SHARDED = plan_of(dp_shard=2)
+HYBRID = plan_of(dp_replicate=2, dp_shard=2)
 
-Patch = pytest.MonkeyPatch
-Mutant = Callable[[Patch, int], None]
-"""Patches this process, which is the given rank."""
-
-MUTANTS: dict[str, tuple[MeshConfig, str, Mutant]] = {}
-PACKED, PADDED = CASES
+DEFECTS = Defects(SPEC)
+mutant = DEFECTS.of
 
 
-def mutant(mesh: MeshConfig, case: str = PADDED) -> Callable[[Mutant], Mutant]:
-    """Adds a defect to the table. One case of the certificate must be enough to show it."""
-
-    def add(function: Mutant) -> Mutant:
-        MUTANTS[function.__name__] = (mesh, case, function)
-        return function
-
-    return add
-
-
-def certify_with(monkeypatch: Patch, mesh: MeshConfig, mutate: Mutant, *cases: str) -> Certificate:
-    monkeypatch.setattr(certify_module, "CASES", {case: CASES[case] for case in cases})
-    original = certify_module._compare
-
-    def compare(case: str, plan: Plan, *arguments: Any) -> Any:
-        world = next(argument for argument in arguments if isinstance(argument, World))
-        mutate(monkeypatch, world.rank)  # in a fork: the parent never sees it
-        return original(case, plan, *arguments)
-
-    monkeypatch.setattr(certify_module, "_compare", compare)
-    plan = Plan(
-        mesh=mesh,
-        train=TrainConfig(sequence_length=16, tokens_per_step=16 * 12),
-        pipeline=PipelineConfig(num_microbatches=3),
-    )
-    return certify(plan, SPEC, RandomWeights(SPEC, seed=2))
-
-
-@pytest.mark.parametrize("mesh", [REPLICATED, SHARDED, HYBRID], ids=str)
-def test_without_a_defect_the_same_path_is_certified(monkeypatch, mesh):
-    certificate = certify_with(monkeypatch, mesh, lambda _patch, _rank: None, *CASES)
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED, HYBRID], ids=lambda plan: str(plan.mesh))
+def test_without_a_defect_the_same_path_is_certified(monkeypatch, plan):
+    certificate = certify_with(monkeypatch, plan, SPEC, nothing, PACKED, PADDED)
     assert certificate.certified, certificate.worst
 
 
@@ -414,14 +387,6 @@ def another_shuffle_on_one_rank(patch: Patch, rank: int) -> None:
     patch.setattr(Loader, "__init__", init)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", DEFECTS)
 def test_the_certificate_fails(monkeypatch, name):
-    mesh, case, mutate = MUTANTS[name]
-    certificate = certify_with(monkeypatch, mesh, mutate, case)
-    errors = (
-        certificate.max_rel_grad_error,
-        certificate.max_rel_param_error,
-        certificate.loss_error,
-    )
-    assert not certificate.certified
-    assert max(errors) > 10 * BOUND, errors  # a defect, not a matter of rounding
+    assert_caught(monkeypatch, DEFECTS[name])

@@ -1,0 +1,150 @@
+"""The harness of mutation tests: a table of deliberate defects, each of which `certify` must catch.
+
+A defect is a patch that is applied inside the forked ranks alone, so the oracle stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from paceline.core.errors import RankError
+from paceline.dist.world import World
+from paceline.models.weights import RandomWeights
+from paceline.plan.mesh import MeshConfig
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import (
+    MemoryConfig,
+    PipelineConfig,
+    Plan,
+    TensorConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from paceline.verify import certify as certify_module
+from paceline.verify.certify import BOUND, CASES, Certificate, certify
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch, int], None]
+"""Patches this process, which is the given rank."""
+
+PACKED, PADDED = CASES
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One entry of a table.
+
+    Attributes:
+        plan: whose ranks have it.
+        spec: of the model.
+        case: of the certificate; one must be enough to show it.
+        mutate: puts it in.
+        error: what a rank says, where the defect does not get as far as a certificate.
+    """
+
+    plan: Plan
+    spec: ModelSpec
+    case: str
+    mutate: Mutant
+    error: str | None = None
+
+
+class Defects(dict[str, Defect]):
+    """A table by name.
+
+    Args:
+        spec: of the model of every defect that names none.
+        case: of every defect that names none.
+    """
+
+    def __init__(self, spec: ModelSpec, case: str = PADDED) -> None:
+        super().__init__()
+        self._spec, self._case = spec, case
+
+    def of(
+        self,
+        plan: Plan,
+        case: str | None = None,
+        *,
+        spec: ModelSpec | None = None,
+        error: str | None = None,
+    ) -> Callable[[Mutant], Mutant]:
+        """Adds what it decorates, under its name."""
+
+        def add(mutate: Mutant) -> Mutant:
+            assert mutate.__name__ not in self, "two defects of one name"
+            found = Defect(plan, spec or self._spec, case or self._case, mutate, error)
+            self[mutate.__name__] = found
+            return mutate
+
+        return add
+
+
+def plan_of(
+    *,
+    length: int = 16,
+    sequences: int = 12,
+    pipeline: PipelineConfig | None = None,
+    sequence_parallel: bool = True,
+    stage: Literal[0, 1, 2, 3] | None = None,
+    remat: Literal["none", "selective", "full"] = "none",
+    **degrees: int,
+) -> Plan:
+    """A plan over few ranks, three micro-batches a step, so small that a defect takes no time."""
+    return Plan(
+        mesh=MeshConfig(**degrees),
+        zero=ZeroConfig(stage=stage),
+        tensor=TensorConfig(sequence_parallel=sequence_parallel),
+        pipeline=pipeline or PipelineConfig(num_microbatches=3),
+        memory=MemoryConfig(remat=remat),
+        train=TrainConfig(sequence_length=length, tokens_per_step=length * sequences),
+    )
+
+
+def nothing(_patch: Patch, _rank: int) -> None:
+    """No defect."""
+
+
+def certify_with(
+    monkeypatch: Patch, plan: Plan, spec: ModelSpec, mutate: Mutant, *cases: str
+) -> Certificate:
+    """What the ranks of a plan get once each of them has been patched."""
+    monkeypatch.setattr(certify_module, "CASES", {case: CASES[case] for case in cases})
+    original = certify_module._compare
+
+    def compare(case: str, plan: Plan, *arguments: Any) -> Any:
+        world = next(argument for argument in arguments if isinstance(argument, World))
+        mutate(monkeypatch, world.rank)  # in a fork: the parent never sees it
+        return original(case, plan, *arguments)
+
+    monkeypatch.setattr(certify_module, "_compare", compare)
+    return certify(plan, spec, RandomWeights(spec, seed=2))
+
+
+def assert_caught(monkeypatch: Patch, defect: Defect) -> None:
+    """The certificate shows the defect, or a rank names it."""
+    with _expected(defect.error):
+        certificate = certify_with(
+            monkeypatch, defect.plan, defect.spec, defect.mutate, defect.case
+        )
+        errors = (
+            certificate.max_rel_grad_error,
+            certificate.max_rel_param_error,
+            certificate.loss_error,
+        )
+        assert not certificate.certified
+        assert max(errors) > 10 * BOUND, errors  # a defect, not a matter of rounding
+
+
+@contextmanager
+def _expected(error: str | None) -> Iterator[None]:
+    if error is None:
+        yield
+        return
+    with pytest.raises(RankError, match=error):
+        yield
