@@ -147,6 +147,17 @@ def loss_reported_as_nan(patch: Patch, _rank: int) -> None:
     patch.setattr(LossScale, "mean_loss", lambda _self, _total: math.nan)
 
 
+@mutant(REPLICATED)
+def tokens_of_one_rank_reported(patch: Patch, _rank: int) -> None:
+    original = certify_module.compute_gradients
+
+    def compute(state: Any, batches: Any, *rest: Any, **options: Any) -> Any:
+        result = original(state, batches, *rest, **options)
+        return replace(result, valid_tokens=sum(batch.count for batch in batches))
+
+    patch.setattr(certify_module, "compute_gradients", compute)
+
+
 # The clip
 
 

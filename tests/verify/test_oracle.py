@@ -111,6 +111,7 @@ def test_the_oracle_trains_as_torch_does(store, name, clip_norm):
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm or 1e9)
         factor = min(1.0, clip_norm / float(norm)) if clip_norm else 1.0
         assert (factor < 1) == bool(clip_norm)
+        assert result.valid_tokens == count
         assert result.loss == pytest.approx(float(total) / count, rel=1e-13)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-13)
         assert result.clip_factor == pytest.approx(factor, rel=1e-13)

@@ -1,4 +1,5 @@
-"""Certification: every gradient, weight, loss, norm and clip factor of a plan against the oracle.
+"""Certification: every gradient, weight, loss, norm, clip factor and token count of a plan against
+the oracle.
 
 The hard cases are always in play, because this field's bugs live there: ranks with unequal numbers
 of valid tokens, accumulation, a clip that bites, a frozen layer, and tied embeddings where the
@@ -63,7 +64,7 @@ class Certificate:
 
     Attributes:
         certified: whether all errors are within `BOUND`.
-        max_rel_grad_error: of gradients, and of the gradient's norm and the clip factor.
+        max_rel_grad_error: of gradients, of their norm, the clip factor and the count of tokens.
         max_rel_param_error: of weights after the steps.
         loss_error: of losses, relative.
         worst: the case, step and parameter with the largest error.
@@ -269,6 +270,7 @@ def _scale_errors(result: StepResult, oracle: OracleStep) -> dict[str, float]:
     return {
         "gradient norm": relative_error(result.grad_norm, oracle.grad_norm),
         "clip factor": relative_error(result.clip_factor, oracle.clip_factor),
+        "valid tokens": relative_error(result.valid_tokens, oracle.valid_tokens),
     }
 
 
