@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -15,6 +15,8 @@ import pytest
 from paceline.core.errors import RankError
 from paceline.dist.world import World
 from paceline.models.weights import RandomWeights
+from paceline.parallel import apply as apply_module
+from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import (
@@ -139,6 +141,26 @@ def assert_caught(monkeypatch: Patch, defect: Defect) -> None:
         )
         assert not certificate.certified
         assert max(errors) > 10 * BOUND, errors  # a defect, not a matter of rounding
+
+
+def leave_out(
+    patch: Patch, field: Literal["partial", "copied"], is_left_out: Callable[[str], bool]
+) -> None:
+    """Leaves parameters out of those whose gradients `SplitDecoder` makes to sums.
+
+    Args:
+        patch: of this rank.
+        field: of `SplitDecoder`.
+        is_left_out: by a parameter's name.
+    """
+    original = apply_module.split
+
+    def split(*arguments: Any, **options: Any) -> SplitDecoder:
+        found = original(*arguments, **options)
+        kept = frozenset(name for name in getattr(found, field) if not is_left_out(name))
+        return replace(found, **{field: kept})
+
+    patch.setattr(apply_module, "split", split)
 
 
 @contextmanager

@@ -39,7 +39,6 @@ from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.runtime import Runtime
 from paceline.parallel.pipeline.stages import StageModel
 from paceline.parallel.tensor.decoder import SplitDecoder
-from paceline.plan.layout import Place
 from paceline.plan.plan import PipelineConfig
 from paceline.train import step as step_module
 
@@ -331,11 +330,6 @@ def a_block_computed_again_from_something_else(patch: Patch, rank: int) -> None:
 
 
 @mutant(TWO)
-def tied_gradient_not_summed(patch: Patch, _rank: int) -> None:
-    patch.setattr(Passes, "finish_gradients", lambda _self, _parts: None)
-
-
-@mutant(TWO)
 def tied_gradient_summed_twice(patch: Patch, _rank: int) -> None:
     original = Passes.finish_gradients
 
@@ -344,11 +338,6 @@ def tied_gradient_summed_twice(patch: Patch, _rank: int) -> None:
         original(self, parts)
 
     patch.setattr(Passes, "finish_gradients", finish)
-
-
-@mutant(TWO)
-def tied_matrix_counted_twice_in_the_norm(patch: Patch, _rank: int) -> None:
-    patch.setattr(Place, "disowned", lambda self: self)
 
 
 @mutant(TWO)
@@ -369,11 +358,6 @@ def tied_head_s_gradient_dropped(patch: Patch, _rank: int) -> None:
 
 
 # The norm, the clip and the scale
-
-
-@mutant(TWO)
-def norm_of_one_stage(patch: Patch, _rank: int) -> None:
-    patch.setattr(ParallelModel, "spread_axes", ("tp",))
 
 
 @mutant(TENSOR)

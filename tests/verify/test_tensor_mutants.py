@@ -16,6 +16,7 @@ from mutation import (
     Patch,
     assert_caught,
     certify_with,
+    leave_out,
     nothing,
     plan_of,
 )
@@ -31,7 +32,6 @@ from paceline.memory.remat.base import Remat
 from paceline.models.families.llama import PRESETS
 from paceline.optim.scale import LossScale, clip, global_norm
 from paceline.parallel import apply as apply_module
-from paceline.parallel.apply import ParallelModel
 from paceline.parallel.tensor import boundary, decoder, norm, vocabulary
 from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.parallel.tensor.vocabulary import SplitVocabulary
@@ -84,11 +84,6 @@ def test_without_a_defect_the_same_path_is_certified(monkeypatch, plan, spec):
 
 def _own_chunk(x: Tensor, world: World) -> Tensor:
     return x.chunk(world.degree("tp"), dim=1)[world.coordinate("tp")].clone()
-
-
-@mutant(WHOLE)
-def copies_keep_their_own_gradients(patch: Patch, _rank: int) -> None:
-    patch.setattr(boundary._CopyIn, "backward", staticmethod(lambda _ctx, grad: (grad, None)))
 
 
 @mutant(WHOLE)
@@ -162,11 +157,6 @@ def gradient_of_positions_summed_twice(patch: Patch, _rank: int) -> None:
     patch.setattr(vocabulary, "own_rows", lambda x, w: boundary.own_rows(boundary.copy_in(x, w), w))
 
 
-@mutant(WHOLE)
-def head_s_input_not_copied_in(patch: Patch, _rank: int) -> None:
-    patch.setattr(SplitVocabulary, "collect", lambda _self, x_BTD, _layout: x_BTD)
-
-
 @mutant(ROWS)
 def padding_before_the_tokens(patch: Patch, _rank: int) -> None:
     original = boundary._padded
@@ -186,15 +176,6 @@ def padding_taken_for_a_token(patch: Patch, _rank: int) -> None:
 
 
 # Attention and feed-forward
-
-
-@mutant(WHOLE)
-def bias_behind_a_sum_added_on_every_rank(patch: Patch, _rank: int) -> None:
-    def sum_behind(linear: Any, world: World, _is_sequence_parallel: bool) -> None:
-        multiply = linear.product
-        linear.product = lambda x, weight, bias: boundary.sum_up(multiply(x, weight, bias), world)
-
-    patch.setattr(decoder, "_sum_behind", sum_behind)
 
 
 @mutant(ROWS)
@@ -223,46 +204,14 @@ def unequal_groups_of_heads_taken_for_equal_ones(patch: Patch, _rank: int) -> No
 # What is whole, or copied: its gradient, and who stands for it
 
 
-def _without(patch: Patch, field: str, is_left_out: Callable[[str], bool]) -> None:
-    """Leaves parameters out of what `SplitDecoder` finishes."""
-    original = apply_module.split
-
-    def split(*arguments: Any, **options: Any) -> SplitDecoder:
-        found = original(*arguments, **options)
-        kept = frozenset(name for name in getattr(found, field) if not is_left_out(name))
-        return replace(found, **{field: kept})
-
-    patch.setattr(apply_module, "split", split)
-
-
-@mutant(ROWS)
-def gradients_of_norms_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "partial", lambda name: name.endswith("norm.weight"))
-
-
-@mutant(ROWS)
-def gradient_of_the_last_norm_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "partial", lambda name: name == "norm.weight")
-
-
 @mutant(ROWS)
 def gradients_of_biases_behind_a_sum_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "partial", lambda name: name.endswith(".bias"))
-
-
-@mutant(WHOLE)
-def gradients_of_key_norms_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "partial", lambda name: ".key_norm." in name)
+    leave_out(patch, "partial", lambda name: name.endswith(".bias"))
 
 
 @mutant(ROWS)
 def gradients_of_copied_key_heads_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "copied", lambda name: name.endswith(".key.weight"))
-
-
-@mutant(WHOLE)
-def gradients_of_copied_value_biases_not_summed(patch: Patch, _rank: int) -> None:
-    _without(patch, "copied", lambda name: name.endswith(".value.bias"))
+    leave_out(patch, "copied", lambda name: name.endswith(".key.weight"))
 
 
 @mutant(ROWS)
@@ -297,11 +246,6 @@ def copied_heads_counted_twice_in_the_norm(patch: Patch, _rank: int) -> None:
     patch.setattr(decoder, "_place", place)
 
 
-@mutant(ROWS)
-def whole_parameters_counted_on_every_rank(patch: Patch, _rank: int) -> None:
-    patch.setattr(Place, "disowned", lambda self: self)
-
-
 @mutant(WHOLE)
 def whole_parameters_counted_on_no_rank(patch: Patch, _rank: int) -> None:
     original = decoder._place
@@ -310,11 +254,6 @@ def whole_parameters_counted_on_no_rank(patch: Patch, _rank: int) -> None:
         "_place",
         lambda shape, rule, _rank: original(shape, rule, 1 if rule.dim is None else _rank),
     )
-
-
-@mutant(ROWS)
-def norm_of_one_tensor_rank_s_part(patch: Patch, _rank: int) -> None:
-    patch.setattr(ParallelModel, "spread_axes", ())
 
 
 @mutant(ROWS, PACKED)
