@@ -26,12 +26,14 @@ from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
 from paceline.optim import OPTIMIZERS
 from paceline.parallel.data import STAGES
+from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.plan import Plan
 from paceline.serve.schedule import POLICIES
 
 DOCS = Path(__file__).parent
 TABLES = {
     "zero.stage": STAGES,
+    "pipeline.schedule": SCHEDULES,
     "memory.remat": REMAT,
     "peft.method": PEFT,
     "optimizer.name": OPTIMIZERS,

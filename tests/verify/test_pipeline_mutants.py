@@ -22,6 +22,7 @@ from mutation import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.dist.world import World
 from paceline.kernels import deferred
 from paceline.kernels.deferred import DeferredGradients
@@ -36,7 +37,7 @@ from paceline.parallel.apply import ParallelModel
 from paceline.parallel.data.replicated import Replicated
 from paceline.parallel.pipeline.base import Action, Kind
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
-from paceline.parallel.pipeline.runtime import Runtime
+from paceline.parallel.pipeline.runtime import PURPOSES, Runtime
 from paceline.parallel.pipeline.stages import StageModel
 from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.plan.plan import PipelineConfig
@@ -73,6 +74,8 @@ INTERLEAVED = plan_of(
 RECOMPUTED = plan_of(pp=2, sequences=3, remat="full")
 REPLICATED = plan_of(pp=2, dp_replicate=2, sequences=6)
 TENSOR = plan_of(pp=2, tp=2, length=17, sequences=3)
+
+ACTIVATIONS, _ = PURPOSES
 
 DEFECTS = Defects(SPEC)
 mutant = DEFECTS.of
@@ -140,6 +143,19 @@ def _stale(patch: Patch, kind: Kind) -> None:
 @mutant(TWO)
 def activations_of_the_micro_batch_before(patch: Patch, _rank: int) -> None:
     _stale(patch, Kind.RECEIVE_FORWARD)
+
+
+@mutant(SPLIT, PACKED)
+def an_activation_sent_twice_and_the_next_never(patch: Patch, _rank: int) -> None:
+    original, sent = PointToPoint.send, list[Tensor]()
+
+    def send(self: PointToPoint, tensor: Tensor, destination: int, purpose: str) -> None:
+        if purpose == ACTIVATIONS:
+            sent.append(tensor)
+            tensor = sent[-2] if len(sent) % 3 == 2 else tensor
+        original(self, tensor, destination, purpose)
+
+    patch.setattr(PointToPoint, "send", send)
 
 
 @mutant(INTERLEAVED)
@@ -262,6 +278,19 @@ def a_weight_pass_run_twice(patch: Patch, _rank: int) -> None:
     patch.setattr(DeferredGradients, "compute", compute)
 
 
+@mutant(SPLIT, PACKED)
+def weight_passes_that_overwrite(patch: Patch, _rank: int) -> None:
+    original = DeferredGradients.compute
+
+    def compute(self: DeferredGradients, key: Any, on_ready: Any = None) -> None:
+        for product in self._owed.get(key, []):
+            if product.weight is not None:
+                product.weight.grad = None
+        original(self, key, on_ready)
+
+    patch.setattr(DeferredGradients, "compute", compute)
+
+
 @mutant(SPLIT)
 def weight_passes_of_two_matrices_swapped(patch: Patch, _rank: int) -> None:
     original = DeferredGradients.compute
@@ -338,6 +367,19 @@ def tied_gradient_summed_twice(patch: Patch, _rank: int) -> None:
         original(self, parts)
 
     patch.setattr(Passes, "finish_gradients", finish)
+
+
+@mutant(TWO)
+def one_end_of_a_tied_matrix_alone(patch: Patch, rank: int) -> None:
+    """The rank with the head forgets what the embedding adds; the two copies part."""
+    original = PendingTensor.wait
+
+    def wait(self: PendingTensor) -> Tensor:
+        tensor = original(self)
+        is_matrix = tuple(tensor.shape) == (SPEC.vocab_size, SPEC.d_model)
+        return tensor * 0 if rank == 1 and is_matrix else tensor
+
+    patch.setattr(PendingTensor, "wait", wait)
 
 
 @mutant(TWO)
