@@ -251,6 +251,20 @@ def frozen_layer_decayed(patch: Patch, _rank: int) -> None:
     patch.setattr(torch.optim.Optimizer, "zero_grad", decay)
 
 
+@mutant(REPLICATED, PACKED)
+def first_feed_forward_trained_at_another_rate(patch: Patch, _rank: int) -> None:
+    """It is the layer that is frozen in the other case."""
+    original = certify_module.compute_gradients
+
+    def compute(state: Any, *arguments: Any, **options: Any) -> Any:
+        result = original(state, *arguments, **options)
+        gradient = state.model.parts["blocks.0.ffn.down.weight"].gradient
+        gradient *= 1 + 1e-9
+        return result
+
+    patch.setattr(certify_module, "compute_gradients", compute)
+
+
 @mutant(REPLICATED)
 def tied_head_s_gradient_dropped(patch: Patch, _rank: int) -> None:
     patch.setattr(TiedEmbedding, "keep", lambda *_: None)

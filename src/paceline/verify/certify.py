@@ -2,8 +2,9 @@
 the oracle.
 
 The hard cases are always in play, because this field's bugs live there: ranks with unequal numbers
-of valid tokens, accumulation, a clip that bites, a frozen layer, and tied embeddings where the
-model has them. SGD with momentum is run beside AdamW, which hides a wrong scale.
+of valid tokens, accumulation, a clip that bites, a layer that is frozen in one case and trained in
+the other, and tied embeddings where the model has them. SGD with momentum is run beside AdamW,
+which hides a wrong scale.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +58,26 @@ _DISTURBANCE = 0.1
 _NUM_MICROBATCHES = 3
 _MAX_MICROBATCH_SEQUENCES = 2
 
-CASES = {"sgd, packed": ("sgd", True), "adamw, padded": ("adamw", False)}
-"""Case to its optimizer, and whether documents are packed."""
+
+class Case(NamedTuple):
+    """What is in play beside the plan.
+
+    Attributes:
+        optimizer: its name.
+        pack: whether documents are packed.
+        is_frozen: whether a layer is frozen where neither the plan nor its fine-tuning says what
+            is trained. In one case none is, so that every gradient is compared in some case.
+    """
+
+    optimizer: str
+    pack: bool
+    is_frozen: bool
+
+
+CASES = {
+    "sgd, packed": Case("sgd", pack=True, is_frozen=False),
+    "adamw, padded": Case("adamw", pack=False, is_frozen=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +160,9 @@ def certify(
     spec = spec or tiny_spec(plan)
     weights = weights or RandomWeights(spec)
     errors = _Errors.none()
-    for case, (optimizer, pack) in CASES.items():
-        say(f"comparing with the oracle: {case}")
-        errors.merge(_certify_case(case, _hard(plan, spec, optimizer, pack), spec, weights))
+    for name, case in CASES.items():
+        say(f"comparing with the oracle: {name}")
+        errors.merge(_certify_case(name, _hard(plan, spec, case), spec, weights))
     gradient_error = max(errors.gradients.values())
     weight_error = max(errors.weights.values())
     return Certificate(
@@ -158,7 +178,7 @@ def certify(
     )
 
 
-def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
+def _hard(plan: Plan, spec: ModelSpec, case: Case) -> Plan:
     """The plan in float64, small, with the hard cases in play."""
     shape = batch_shape(plan)
     room = spec.max_positions - plan.peft.num_virtual_tokens
@@ -176,17 +196,17 @@ def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
             plan.train,
             sequence_length=length,
             tokens_per_step=length * sequences * shape.num_data_ranks,
-            pack=pack,
-            freeze=plan.train.freeze or _usual_freeze(plan),
+            pack=case.pack,
+            freeze=plan.train.freeze or _usual_freeze(plan, case),
         ),
         optimizer=replace(
-            plan.optimizer, name=optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
+            plan.optimizer, name=case.optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
         ),
     )
 
 
-def _usual_freeze(plan: Plan) -> tuple[str, ...]:
-    return ("blocks.0.ffn.*",) if plan.peft.method == "none" else ()
+def _usual_freeze(plan: Plan, case: Case) -> tuple[str, ...]:
+    return ("blocks.0.ffn.*",) if case.is_frozen and plan.peft.method == "none" else ()
 
 
 class _Disturbed:
