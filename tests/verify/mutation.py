@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal
 
 import pytest
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from paceline.core.errors import RankError
 from paceline.dist.world import World
+from paceline.memory.remat import full
+from paceline.memory.remat.base import Remat
+from paceline.models.families.llama import PRESETS
 from paceline.models.weights import RandomWeights
+from paceline.optim.scale import LossScale, clip, global_norm
 from paceline.parallel import apply as apply_module
 from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.plan.mesh import MeshConfig
@@ -27,6 +34,7 @@ from paceline.plan.plan import (
     TrainConfig,
     ZeroConfig,
 )
+from paceline.train import step as step_module
 from paceline.verify import certify as certify_module
 from paceline.verify.certify import BOUND, CASES, Certificate, certify
 
@@ -35,6 +43,25 @@ Mutant = Callable[[Patch, int], None]
 """Patches this process, which is the given rank."""
 
 PACKED, PADDED = CASES
+
+UNEVEN = replace(
+    PRESETS["tiny"],
+    vocab_size=43,
+    d_model=24,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=4,
+    d_ffn=37,
+    max_positions=32,
+    qk_norm="head",
+    qkv_bias=True,
+    output_bias=True,
+    ffn_bias=True,
+)
+"""On two ranks three key heads make one that both have, and six query heads that are no groups of
+equal size; 43 words and 37 columns make unequal shares, 17 tokens a row of padding.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +188,47 @@ def leave_out(
         return replace(found, **{field: kept})
 
     patch.setattr(apply_module, "split", split)
+
+
+def clip_by_own_norm(patch: Patch) -> None:
+    """Has every rank clip by the norm of what it has, and report the whole one."""
+    worlds: list[World] = []
+
+    def remember(parts: Any, axes: Any, world: World) -> float:
+        worlds.append(world)
+        return global_norm(parts, axes, world)
+
+    def own_clip(parts: Any, norm: float, max_norm: float) -> float:
+        clip(parts, global_norm(parts, (), worlds[-1]), max_norm)
+        return min(1.0, max_norm / norm)
+
+    patch.setattr(step_module, "global_norm", remember)
+    patch.setattr(step_module, "clip", own_clip)
+
+
+def count_tokens_along(patch: Patch, axis: str) -> None:
+    """Counts a step's tokens once for every rank of an axis whose ranks read the same."""
+    original = LossScale.__init__
+
+    def init(self: LossScale, local_count: int, world: World) -> None:
+        original(self, local_count, world)
+        self.count *= world.degree(axis)
+
+    patch.setattr(LossScale, "__init__", init)
+
+
+def recompute_from(patch: Patch, factor: float) -> None:
+    """Has blocks computed again from their input times a factor."""
+
+    def around(function: Any, x: Tensor, *others: Any) -> Any:
+        calls = count()
+
+        def run(x: Tensor) -> Any:
+            return function(x if next(calls) == 0 else factor * x, *others)
+
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    patch.setattr(full, "FULL", Remat(around_block=around))
 
 
 @contextmanager

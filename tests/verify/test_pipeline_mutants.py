@@ -16,22 +16,22 @@ from mutation import (
     Patch,
     assert_caught,
     certify_with,
+    clip_by_own_norm,
+    count_tokens_along,
     nothing,
     plan_of,
+    recompute_from,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.dist.world import World
 from paceline.kernels import deferred
 from paceline.kernels.deferred import DeferredGradients
-from paceline.memory.remat import full
-from paceline.memory.remat.base import Remat
 from paceline.models.decoder import Decoder
 from paceline.models.families.llama import PRESETS
 from paceline.models.layout import Layout
-from paceline.optim.scale import LossScale, clip, global_norm
+from paceline.optim.scale import LossScale
 from paceline.parallel import apply as apply_module
 from paceline.parallel.apply import ParallelModel
 from paceline.parallel.data.replicated import Replicated
@@ -344,15 +344,7 @@ def first_stage_keeps_its_last_micro_batch_alone(patch: Patch, rank: int) -> Non
 
 @mutant(RECOMPUTED)
 def a_block_computed_again_from_something_else(patch: Patch, rank: int) -> None:
-    def around(function: Any, x: Tensor, *others: Any) -> Any:
-        calls = count()
-
-        def run(x: Tensor) -> Any:
-            return function(x if next(calls) == 0 else (1 + 0.001 * rank) * x, *others)
-
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-
-    patch.setattr(full, "FULL", Remat(around_block=around))
+    recompute_from(patch, 1 + 0.001 * rank)
 
 
 # The matrix that is embedding and head
@@ -409,18 +401,7 @@ def norm_of_stages_of_one_tensor_rank(patch: Patch, _rank: int) -> None:
 
 @mutant(TWO)
 def each_stage_clips_by_its_own_norm(patch: Patch, _rank: int) -> None:
-    worlds: list[World] = []
-
-    def remember(parts: Any, axes: Any, world: World) -> float:
-        worlds.append(world)
-        return global_norm(parts, axes, world)
-
-    def own_clip(parts: Any, norm: float, max_norm: float) -> float:
-        clip(parts, global_norm(parts, (), worlds[-1]), max_norm)
-        return min(1.0, max_norm / norm)
-
-    patch.setattr(step_module, "global_norm", remember)
-    patch.setattr(step_module, "clip", own_clip)
+    clip_by_own_norm(patch)
 
 
 @mutant(TWO)
@@ -431,13 +412,7 @@ def one_stage_does_not_clip(patch: Patch, rank: int) -> None:
 
 @mutant(TWO)
 def tokens_counted_once_a_stage(patch: Patch, _rank: int) -> None:
-    original = LossScale.__init__
-
-    def init(self: LossScale, local_count: int, world: World) -> None:
-        original(self, local_count, world)
-        self.count *= world.degree("pp")
-
-    patch.setattr(LossScale, "__init__", init)
+    count_tokens_along(patch, "pp")
 
 
 @mutant(SPLIT)

@@ -27,6 +27,7 @@ import pytest
 from mutation import (
     PACKED,
     PADDED,
+    UNEVEN,
     Defects,
     Patch,
     assert_caught,
@@ -39,7 +40,6 @@ from torch import Tensor
 
 from paceline.dist.world import World
 from paceline.models.attention import Attention
-from paceline.models.families.llama import PRESETS
 from paceline.models.families.mixtral import PRESETS as MIXTRAL
 from paceline.models.tied import TiedEmbedding
 from paceline.optim.scale import LossScale
@@ -55,22 +55,7 @@ from paceline.plan.layout import Box, Place
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
-SPEC = replace(
-    PRESETS["tiny"],
-    vocab_size=43,
-    d_model=24,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=3,
-    head_dim=4,
-    d_ffn=37,
-    max_positions=32,
-    qk_norm="head",
-    qkv_bias=True,
-    output_bias=True,
-    ffn_bias=True,
-)
-ONE_KEY_HEAD = replace(SPEC, num_kv_heads=1)
+ONE_KEY_HEAD = replace(UNEVEN, num_kv_heads=1)
 EXPERTS = replace(MIXTRAL["tiny"], num_layers=1)  # its only layer is trained where all are packed
 
 STAGES = plan_of(pp=2, sequences=3)
@@ -80,7 +65,7 @@ HYBRID = plan_of(dp_replicate=2, dp_shard=2)
 ROWS = plan_of(tp=2, length=17, sequences=3)
 WHOLE = plan_of(tp=2, length=17, sequences=3, sequence_parallel=False)
 
-BUGS = Defects(SPEC)
+BUGS = Defects(UNEVEN)
 bug = BUGS.of
 
 
@@ -439,5 +424,5 @@ def test_our_run_is_right_and_the_bug_is_caught(monkeypatch, name):
 )
 def test_ends_of_a_pipeline_are_one_matrix_whatever_the_other_axes(monkeypatch, plan):
     """The configurations of NVIDIA/Megatron-LM#844 and NVIDIA-NeMo/RL#227 at once."""
-    certificate = certify_with(monkeypatch, plan, SPEC, nothing, PADDED)
+    certificate = certify_with(monkeypatch, plan, UNEVEN, nothing, PADDED)
     assert certificate.certified, certificate.worst

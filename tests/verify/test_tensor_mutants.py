@@ -12,64 +12,46 @@ import torch
 from mutation import (
     PACKED,
     PADDED,
+    UNEVEN,
     Defects,
     Patch,
     assert_caught,
     certify_with,
+    clip_by_own_norm,
+    count_tokens_along,
     leave_out,
     nothing,
     plan_of,
+    recompute_from,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from paceline.data.batch import Batch
 from paceline.data.loader import Loader
 from paceline.dist.world import World
 from paceline.kernels import cross_entropy
-from paceline.memory.remat import full
-from paceline.memory.remat.base import Remat
-from paceline.models.families.llama import PRESETS
-from paceline.optim.scale import LossScale, clip, global_norm
+from paceline.optim.scale import LossScale
 from paceline.parallel import apply as apply_module
 from paceline.parallel.tensor import boundary, decoder, norm, vocabulary
 from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.parallel.tensor.vocabulary import SplitVocabulary
 from paceline.plan.layout import Place
-from paceline.train import step as step_module
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
-# On two ranks three key heads make one that both have, and six query heads that are no groups of
-# equal size; 43 words and 37 columns make unequal shares, 17 tokens a row of padding.
-SPEC = replace(
-    PRESETS["tiny"],
-    vocab_size=43,
-    d_model=24,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=3,
-    head_dim=4,
-    d_ffn=37,
-    max_positions=32,
-    qk_norm="head",
-    qkv_bias=True,
-    output_bias=True,
-    ffn_bias=True,
-)
-LEARNED = replace(SPEC, positions="learned", norm="layer", qk_norm="none")
-WHOLE_NORMS = replace(SPEC, norm_placement="after", qk_norm="all")
+LEARNED = replace(UNEVEN, positions="learned", norm="layer", qk_norm="none")
+WHOLE_NORMS = replace(UNEVEN, norm_placement="after", qk_norm="all")
 
 ROWS = plan_of(tp=2, length=17, sequences=3)
 WHOLE = plan_of(tp=2, length=17, sequences=3, sequence_parallel=False)
 SHARDED = plan_of(tp=2, dp_shard=2, stage=0, length=17, sequences=6)
 RECOMPUTED = plan_of(tp=2, length=17, sequences=3, remat="full")
 
-DEFECTS = Defects(SPEC)
+DEFECTS = Defects(UNEVEN)
 mutant = DEFECTS.of
 
 
-@pytest.mark.parametrize("spec", [SPEC, LEARNED, WHOLE_NORMS], ids=["heads", "learned", "whole"])
+@pytest.mark.parametrize("spec", [UNEVEN, LEARNED, WHOLE_NORMS], ids=["heads", "learned", "whole"])
 @pytest.mark.parametrize(
     "plan", [ROWS, WHOLE, SHARDED, RECOMPUTED], ids=["rows", "whole", "sharded", "recomputed"]
 )
@@ -258,18 +240,7 @@ def whole_parameters_counted_on_no_rank(patch: Patch, _rank: int) -> None:
 
 @mutant(ROWS, PACKED)
 def each_rank_clips_by_its_own_norm(patch: Patch, _rank: int) -> None:
-    worlds: list[World] = []
-
-    def remember(parts: Any, axes: Any, world: World) -> float:
-        worlds.append(world)
-        return global_norm(parts, axes, world)
-
-    def own_clip(parts: Any, norm: float, max_norm: float) -> float:
-        clip(parts, global_norm(parts, (), worlds[-1]), max_norm)
-        return min(1.0, max_norm / norm)
-
-    patch.setattr(step_module, "global_norm", remember)
-    patch.setattr(step_module, "clip", own_clip)
+    clip_by_own_norm(patch)
 
 
 # The norm over all heads
@@ -373,13 +344,7 @@ def targets_of_other_ranks_taken_for_the_first_word(patch: Patch, _rank: int) ->
 
 @mutant(WHOLE)
 def tokens_counted_once_a_tensor_rank(patch: Patch, _rank: int) -> None:
-    original = LossScale.__init__
-
-    def init(self: LossScale, local_count: int, world: World) -> None:
-        original(self, local_count, world)
-        self.count *= world.degree("tp")
-
-    patch.setattr(LossScale, "__init__", init)
+    count_tokens_along(patch, "tp")
 
 
 @mutant(ROWS)
@@ -427,15 +392,7 @@ def one_tensor_rank_s_momentum_lost(patch: Patch, rank: int) -> None:
 
 @mutant(RECOMPUTED)
 def a_block_computed_again_from_something_else(patch: Patch, _rank: int) -> None:
-    def around(function: Any, x: Tensor, *others: Any) -> Any:
-        calls = count()
-
-        def run(x: Tensor) -> Any:
-            return function(x if next(calls) == 0 else 1.001 * x, *others)
-
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-
-    patch.setattr(full, "FULL", Remat(around_block=around))
+    recompute_from(patch, 1.001)
 
 
 @pytest.mark.parametrize("name", DEFECTS)
