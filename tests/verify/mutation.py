@@ -44,6 +44,18 @@ Mutant = Callable[[Patch, int], None]
 
 PACKED, PADDED = CASES
 
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=43,
+    d_model=24,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=8,
+    d_ffn=40,
+    max_positions=32,
+    tied_embeddings=True,
+)
 UNEVEN = replace(
     PRESETS["tiny"],
     vocab_size=43,
@@ -120,14 +132,14 @@ def plan_of(
     sequences: int = 12,
     pipeline: PipelineConfig | None = None,
     sequence_parallel: bool = True,
-    stage: Literal[0, 1, 2, 3] | None = None,
+    zero: ZeroConfig | None = None,
     remat: Literal["none", "selective", "full"] = "none",
     **degrees: int,
 ) -> Plan:
     """A plan over few ranks, three micro-batches a step, so small that a defect takes no time."""
     return Plan(
         mesh=MeshConfig(**degrees),
-        zero=ZeroConfig(stage=stage),
+        zero=zero or ZeroConfig(),
         tensor=TensorConfig(sequence_parallel=sequence_parallel),
         pipeline=pipeline or PipelineConfig(num_microbatches=3),
         memory=MemoryConfig(remat=remat),

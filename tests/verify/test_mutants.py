@@ -15,6 +15,7 @@ import torch
 from mutation import (
     PACKED,
     PADDED,
+    SPEC,
     Defects,
     Patch,
     assert_caught,
@@ -29,35 +30,20 @@ from paceline.data.loader import Loader
 from paceline.data.rows import DocumentRows, PackedRows
 from paceline.dist.world import World
 from paceline.kernels import cross_entropy
-from paceline.kernels.device import choose_dtype
 from paceline.models.layout import Layout
 from paceline.models.tied import TiedEmbedding
 from paceline.optim import adamw, sgd
 from paceline.optim.scale import LossScale, clip
 from paceline.parallel import apply as apply_module
 from paceline.parallel import buckets
-from paceline.parallel.data import fully_sharded
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
-from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 from paceline.train import step as step_module
 from paceline.verify import certify as certify_module
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=43,
-    d_model=24,
-    num_layers=2,
-    num_heads=3,
-    num_kv_heads=1,
-    head_dim=8,
-    d_ffn=40,
-    max_positions=32,
-    tied_embeddings=True,
-)
 REPLICATED = plan_of(dp_replicate=2)
 SHARDED = plan_of(dp_shard=2)
 HYBRID = plan_of(dp_replicate=2, dp_shard=2)
@@ -113,7 +99,10 @@ def replicas_of_shards_never_reduced(patch: Patch, _rank: int) -> None:
         world = self.world
         alone = replace(world.mesh, dp_replicate=1)
         self.world = SimpleNamespace(  # type: ignore[assignment]
-            mesh=alone, device=world.device, device_mesh=world.device_mesh
+            mesh=alone,
+            device=world.device,
+            device_mesh=world.device_mesh,
+            traffic=world.traffic,
         )
         original(self, model)
         self.world = world
@@ -307,11 +296,7 @@ def one_rank_starts_a_little_aside(patch: Patch, rank: int) -> None:
 
 @mutant(SHARDED)
 def gradients_reduced_in_float32(patch: Patch, _rank: int) -> None:
-    def narrow(name: str, device: torch.device) -> torch.dtype:
-        return choose_dtype("float32" if calls.pop() == "reduce" else name, device)
-
-    calls = ["reduce", "compute"]  # in the order of their use, from the end
-    patch.setattr(fully_sharded, "choose_dtype", narrow)
+    patch.setattr(FullySharded, "reduce_dtype", torch.float32)
 
 
 # The optimizers

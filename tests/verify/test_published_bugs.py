@@ -52,6 +52,7 @@ from paceline.parallel.tensor import boundary, decoder
 from paceline.parallel.tensor.boundary import copy_in, gather_rows, sum_up
 from paceline.parallel.tensor.vocabulary import SplitVocabulary, as_tokens
 from paceline.plan.layout import Box, Place
+from paceline.plan.plan import ZeroConfig
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -414,15 +415,16 @@ def test_our_run_is_right_and_the_bug_is_caught(monkeypatch, name):
     assert_caught(monkeypatch, defect)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        plan_of(pp=2, dp_shard=2, sequences=6, stage=0),
-        plan_of(pp=2, tp=2, dp_replicate=2, length=17, sequences=6),
-    ],
-    ids=["shards", "tensor ranks and replicas"],
-)
-def test_ends_of_a_pipeline_are_one_matrix_whatever_the_other_axes(monkeypatch, plan):
-    """The configurations of NVIDIA/Megatron-LM#844 and NVIDIA-NeMo/RL#227 at once."""
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ends_of_a_pipeline_are_one_matrix_whatever_the_data_ranks_share(monkeypatch, stage):
+    """The configuration of NVIDIA/Megatron-LM#844, whose optimizer was split over data ranks."""
+    plan = plan_of(pp=2, dp_shard=2, sequences=6, zero=ZeroConfig(stage=stage))
+    certificate = certify_with(monkeypatch, plan, UNEVEN, nothing, PADDED)
+    assert certificate.certified, certificate.worst
+
+
+def test_ends_of_a_pipeline_are_one_matrix_on_tensor_ranks_and_replicas(monkeypatch):
+    """The configuration of NVIDIA-NeMo/RL#227, in a pipeline."""
+    plan = plan_of(pp=2, tp=2, dp_replicate=2, length=17, sequences=6)
     certificate = certify_with(monkeypatch, plan, UNEVEN, nothing, PADDED)
     assert certificate.certified, certificate.worst

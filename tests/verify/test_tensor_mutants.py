@@ -36,6 +36,7 @@ from paceline.parallel.tensor import boundary, decoder, norm, vocabulary
 from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.parallel.tensor.vocabulary import SplitVocabulary
 from paceline.plan.layout import Place
+from paceline.plan.plan import ZeroConfig
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -44,7 +45,7 @@ WHOLE_NORMS = replace(UNEVEN, norm_placement="after", qk_norm="all")
 
 ROWS = plan_of(tp=2, length=17, sequences=3)
 WHOLE = plan_of(tp=2, length=17, sequences=3, sequence_parallel=False)
-SHARDED = plan_of(tp=2, dp_shard=2, stage=0, length=17, sequences=6)
+SHARDED = plan_of(tp=2, dp_shard=2, zero=ZeroConfig(stage=0), length=17, sequences=6)
 RECOMPUTED = plan_of(tp=2, length=17, sequences=3, remat="full")
 
 DEFECTS = Defects(UNEVEN)

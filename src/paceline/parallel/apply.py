@@ -74,7 +74,7 @@ class ParallelModel:
         self.passes.finish_gradients(self.parts)
 
     def finish_update(self) -> None:
-        """Called after the optimizer has moved the parts."""
+        """Called after the optimizer has moved the parts, or a checkpoint has filled them."""
         self.data.finish_update(self.module)
 
     def finish_evaluation(self) -> None:
@@ -115,7 +115,7 @@ def apply(
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
-    data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
+    data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
     fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
     passes = Passes(
@@ -126,8 +126,9 @@ def apply(
         border=partial(_border, model, plan),
         world=world,
         deferred=deferred,
-        on_ready=lambda _parameter: None,
-        finished=lambda: None,
+        run_stage=data.run_stage,
+        on_ready=data.on_ready,
+        finished=partial(data.finish_pass, model),
     )
     return ParallelModel(model, passes, data, data.hold(model, places), tensor, attached.added)
 
@@ -207,8 +208,9 @@ def is_compiled(plan: Plan, device: torch.device) -> bool:
     """Whether blocks are compiled on a device; for float64, which proves plans, only when told."""
     if plan.train.compile != "auto":
         return plan.train.compile == "on"
-    is_alone = plan.mesh.tp == plan.mesh.pp == 1
-    return is_alone and device.type == "cuda" and plan.precision.compute != "float64"
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    is_plain = plan.mesh.tp == plan.mesh.pp == 1 and not schedule.splits_backward
+    return is_plain and device.type == "cuda" and plan.precision.compute != "float64"
 
 
 def freeze(model: Decoder, patterns: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from paceline.core import rng
 from paceline.core.errors import RankError
@@ -32,6 +32,7 @@ from paceline.plan.plan import (
     ZeroConfig,
 )
 from paceline.verify.certify import certify
+from paceline.verify.matrix import name_of
 from paceline.verify.tiny import fitted
 
 T = TypeVar("T")
@@ -63,6 +64,25 @@ class FuzzReport:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of one plan.
+
+    Attributes:
+        plan: that was drawn.
+        title: it and its model in a few words.
+        outcome: ``certified``, ``refused`` or ``failed``.
+        error: the largest, of one that is certified.
+        why: where the largest error is; the rule that refuses it; or how it failed.
+    """
+
+    plan: Plan
+    title: str
+    outcome: Literal["certified", "refused", "failed"]
+    error: float
+    why: str
+
+
 def fuzz(count: int, seed: int, *, advance: Callable[[str], None] = lambda _: None) -> FuzzReport:
     """Certifies random plans.
 
@@ -73,44 +93,45 @@ def fuzz(count: int, seed: int, *, advance: Callable[[str], None] = lambda _: No
     """
     report, largest = FuzzReport(), -1.0
     for number in range(count):
-        plan, spec = draw(seed, number)
+        found = trial(seed, number)
+        advance(f"{found.title}: {_said(found)}")
         report.drawn += 1
-        if problems := check(plan, spec):
+        if found.outcome == "refused":
             report.refused += 1
-            report.reasons[f"{problems[0].path}: {problems[0].rule}"] += 1
-            advance(f"{_title(plan, spec)}: refused, {problems[0].path} {problems[0].rule}")
-            continue
-        error, why = _certify(plan, spec, seed=number)
-        if error is None:
-            report.failed.append({"plan": plan.to_toml(), "why": f"plan {number}: {why}"})
-            advance(f"{_title(plan, spec)}: FAILED, {why}")
-            continue
-        report.certified += 1
-        if error > largest:
-            largest, report.worst = error, f"plan {number}, {why}"
-        advance(f"{_title(plan, spec)}: {error:.1e}")
+            report.reasons[found.why] += 1
+        elif found.outcome == "failed":
+            why = f"plan {number}: {found.why}"
+            report.failed.append({"plan": found.plan.to_toml(), "why": why})
+        else:
+            report.certified += 1
+            if found.error > largest:
+                largest, report.worst = found.error, f"plan {number}, {found.why}"
     return report
 
 
-def _certify(plan: Plan, spec: ModelSpec, *, seed: int) -> tuple[float | None, str]:
-    """The largest error of a plan that is certified, else None; and where, or why not."""
+def _said(found: Trial) -> str:
+    return f"{found.error:.1e}" if found.outcome == "certified" else f"{found.outcome}, {found.why}"
+
+
+def trial(seed: int, number: int) -> Trial:
+    """Draws a plan, and certifies it if it can run."""
+    plan, spec = draw(seed, number)
+    title = _title(plan, spec)
+    if problems := check(plan, spec):
+        return Trial(plan, title, "refused", 0.0, f"{problems[0].path}: {problems[0].rule}")
     try:
-        certificate = certify(plan, spec, RandomWeights(spec, seed=seed))
+        certificate = certify(plan, spec, RandomWeights(spec, seed=number))
     except RankError as error:
-        return None, str(error)
-    if not certificate.certified:
-        return None, certificate.worst
+        return Trial(plan, title, "failed", 0.0, str(error))
     errors = certificate.max_rel_grad_error, certificate.max_rel_param_error, certificate.loss_error
-    return max(errors), certificate.worst
+    outcome = "certified" if certificate.certified else "failed"
+    return Trial(plan, title, outcome, max(errors), certificate.worst)
 
 
 def _title(plan: Plan, spec: ModelSpec) -> str:
     """A plan in a few words."""
-    mesh = " x ".join(
-        f"{axis} {degree}" for axis, degree in plan.mesh.to_dict().items() if degree > 1
-    )
-    pipeline = f", {plan.pipeline.schedule}" if plan.mesh.pp > 1 else ""
-    return f"{spec.family}, {mesh}{pipeline}, zero {plan.zero_stage}, remat {plan.memory.remat}"
+    peft = f", {plan.peft.method}" if plan.peft.method != "none" else ""
+    return f"{spec.family}, {name_of(plan)}{peft}"
 
 
 class _Dice:
