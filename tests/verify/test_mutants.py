@@ -38,7 +38,9 @@ from paceline.parallel import apply as apply_module
 from paceline.parallel import buckets
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
+from paceline.parallel.pipeline.passes import Passes
 from paceline.plan.plan import Plan
+from paceline.train import evaluate as evaluate_module
 from paceline.train import step as step_module
 from paceline.verify import certify as certify_module
 
@@ -145,6 +147,23 @@ def tokens_of_one_rank_reported(patch: Patch, _rank: int) -> None:
         return replace(result, valid_tokens=sum(batch.count for batch in batches))
 
     patch.setattr(certify_module, "compute_gradients", compute)
+
+
+# Evaluations
+
+
+@mutant(REPLICATED)
+def evaluation_on_one_rank_s_tokens(patch: Patch, _rank: int) -> None:
+    patch.setattr(evaluate_module, "DATA_AXES", ())
+
+
+@mutant(SHARDED)
+def evaluation_that_leaves_gradients(patch: Patch, _rank: int) -> None:
+    def evaluate(self: Passes, batches: Any, objective: Any) -> torch.Tensor:
+        with torch.enable_grad():
+            return self.train(batches, objective, lambda loss: loss)
+
+    patch.setattr(Passes, "evaluate", evaluate)
 
 
 # The clip

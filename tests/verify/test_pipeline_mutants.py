@@ -35,7 +35,7 @@ from paceline.optim.scale import LossScale
 from paceline.parallel import apply as apply_module
 from paceline.parallel.apply import ParallelModel
 from paceline.parallel.data.replicated import Replicated
-from paceline.parallel.pipeline.base import Action, Kind
+from paceline.parallel.pipeline.base import Action, Kind, RankActions
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.runtime import PURPOSES, Runtime
 from paceline.parallel.pipeline.stages import StageModel
@@ -96,10 +96,12 @@ def test_without_a_defect_the_same_path_is_certified(monkeypatch, plan):
 
 
 def _with_batch(patch: Patch, other: Callable[[int, int], int]) -> None:
-    """Has stages run another micro-batch of the data."""
+    """Has stages run another micro-batch of the data, where they are trained on it."""
     original = Passes._forward
 
     def forward(self: Passes, stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return original(self, stage, microbatch, x)
         batches, taken = self._batches, other(stage, microbatch)
         self._batches = [batches[taken] for _ in batches]
         y = original(self, stage, microbatch, x)
@@ -439,6 +441,43 @@ def loss_of_the_last_micro_batch_reported(patch: Patch, _rank: int) -> None:
         return original(self, *arguments)
 
     patch.setattr(Passes, "_forward", forward)
+
+
+# Evaluations
+
+
+@mutant(INTERLEAVED)
+def last_micro_batch_not_evaluated(patch: Patch, _rank: int) -> None:
+    original = Passes._waves
+
+    def waves(self: Passes, num_microbatches: int) -> RankActions:
+        found = original(self, num_microbatches)
+        least = num_microbatches - (num_microbatches > 1)
+        return tuple(tuple(a for a in own if a.microbatch < least) for own in found)
+
+    patch.setattr(Passes, "_waves", waves)
+
+
+@mutant(V)
+def evaluation_of_swapped_micro_batches(patch: Patch, _rank: int) -> None:
+    original = Passes._forward
+
+    def forward(self: Passes, stage: int, microbatch: int, x: Tensor | None) -> Tensor:
+        is_evaluation = not torch.is_grad_enabled()
+        other = len(self._batches) - 1 - microbatch if stage % 2 else microbatch
+        return original(self, stage, other if is_evaluation else microbatch, x)
+
+    patch.setattr(Passes, "_forward", forward)
+
+
+@mutant(TENSOR)
+def evaluation_loss_summed_over_tensor_ranks(patch: Patch, _rank: int) -> None:
+    original = Passes.evaluate
+    patch.setattr(
+        Passes,
+        "evaluate",
+        lambda self, *arguments: original(self, *arguments) * self._world.degree("tp"),
+    )
 
 
 # The weights

@@ -1,5 +1,5 @@
 """Certification: every gradient, weight, loss, norm, clip factor and token count of a plan against
-the oracle.
+the oracle, and the loss of an evaluation between steps.
 
 The hard cases are always in play, because this field's bugs live there: ranks with unequal numbers
 of valid tokens, accumulation, a clip that bites, a layer that is frozen in one case and trained in
@@ -36,6 +36,7 @@ from paceline.plan.layout import Box, Place
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan, PrecisionConfig, ZeroConfig
+from paceline.train.evaluate import Evaluation, evaluate
 from paceline.train.objective.next_token import next_token
 from paceline.train.state import State
 from paceline.train.step import StepResult, compute_gradients
@@ -57,6 +58,7 @@ _MAX_LENGTH = 33
 _DISTURBANCE = 0.1
 _NUM_MICROBATCHES = 3
 _MAX_MICROBATCH_SEQUENCES = 2
+_EVALUATED_TOGETHER = 2  # of at least three micro-batches: groups need not be equal
 
 
 class Case(NamedTuple):
@@ -88,7 +90,7 @@ class Certificate:
         certified: whether all errors are within `BOUND`.
         max_rel_grad_error: of gradients, of their norm, the clip factor and the count of tokens.
         max_rel_param_error: of weights after the steps.
-        loss_error: of losses, relative.
+        loss_error: of losses, of steps and of an evaluation between them, relative.
         worst: the case, step and parameter with the largest error.
         per_parameter: parameter to its largest gradient error and weight error.
     """
@@ -107,14 +109,14 @@ class _Errors:
 
     gradients: dict[str, float]
     weights: dict[str, float]
-    loss: float
+    losses: dict[str, float]
     worst: tuple[float, str]
     gradient_boxes: dict[str, set[Box]]
     weight_boxes: dict[str, set[Box]]
 
     @classmethod
     def none(cls) -> _Errors:
-        return cls({}, {}, 0.0, (0.0, "none"), {}, {})
+        return cls({}, {}, {}, (0.0, "none"), {}, {})
 
     def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
         for name, error in found.items():
@@ -123,10 +125,14 @@ class _Errors:
             self.worst = max(self.worst, (error, f"{name}, {where}"))
 
     def merge(self, other: _Errors) -> None:
-        for mine, theirs in ((self.gradients, other.gradients), (self.weights, other.weights)):
+        pairs = (
+            (self.gradients, other.gradients),
+            (self.weights, other.weights),
+            (self.losses, other.losses),
+        )
+        for mine, theirs in pairs:
             for name, error in theirs.items():
                 mine[name] = max(mine.get(name, 0.0), error)
-        self.loss = max(self.loss, other.loss)
         self.worst = max(self.worst, other.worst)
         _join(self.gradient_boxes, other.gradient_boxes)
         _join(self.weight_boxes, other.weight_boxes)
@@ -165,11 +171,12 @@ def certify(
         errors.merge(_certify_case(name, _hard(plan, spec, case), spec, weights))
     gradient_error = max(errors.gradients.values())
     weight_error = max(errors.weights.values())
+    loss_error = max(errors.losses.values())
     return Certificate(
-        certified=max(gradient_error, weight_error, errors.loss) <= BOUND,
+        certified=max(gradient_error, weight_error, loss_error) <= BOUND,
         max_rel_grad_error=gradient_error,
         max_rel_param_error=weight_error,
-        loss_error=errors.loss,
+        loss_error=loss_error,
         worst=f"{errors.worst[1]}: {errors.worst[0]:.1e}",
         per_parameter={
             name: {"gradient": errors.gradients.get(name, 0.0), "weight": weight}
@@ -287,8 +294,20 @@ def _compare(
         found = _pieces({n: (part.local.detach(), part.place) for n, part in model.parts.items()})
         _join(errors.weight_boxes, {name: {box} for name, (_, box) in found.items()})
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
-        errors.loss = max(errors.loss, _finite(relative_error(result.loss, oracle.loss)))
+        errors.add(errors.losses, {"loss": relative_error(result.loss, oracle.loss)}, where)
+        if step < len(expected):  # between steps, where it could leave something behind
+            after = evaluate(
+                model, batches, next_token, world, num_microbatches=_EVALUATED_TOGETHER
+            )
+            errors.add(errors.losses, _evaluation_errors(after, oracle), where)
     return errors
+
+
+def _evaluation_errors(after: Evaluation, oracle: OracleStep) -> dict[str, float]:
+    return {
+        "loss of an evaluation": relative_error(after.loss, oracle.loss_after),
+        "tokens of an evaluation": relative_error(after.tokens, oracle.valid_tokens),
+    }
 
 
 def _scale_errors(result: StepResult, oracle: OracleStep) -> dict[str, float]:

@@ -34,6 +34,7 @@ class OracleStep:
         clip_factor: what gradients were multiplied by.
         gradients: after the clip, of the trained parameters.
         weights: after the step, of all parameters.
+        loss_after: the loss of the same tokens with these.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class OracleStep:
     clip_factor: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    loss_after: float
 
 
 def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> list[OracleStep]:
@@ -68,8 +70,10 @@ def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> li
         with torch.no_grad():
             for name, parameter in trained.items():
                 update(parameter, clipped[name], moments[name], step, rate)
+            after, _ = _mean_loss(model, loader, step)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        steps.append(OracleStep(loss.item(), count, norm, factor, clipped, weights))
+        found = OracleStep(loss.item(), count, norm, factor, clipped, weights, after.item())
+        steps.append(found)
     return steps
 
 
