@@ -35,6 +35,7 @@ from paceline.optim.scale import LossScale
 from paceline.parallel import apply as apply_module
 from paceline.parallel.apply import ParallelModel
 from paceline.parallel.data.replicated import Replicated
+from paceline.parallel.pipeline import stages as stages_module
 from paceline.parallel.pipeline.base import Action, Kind, RankActions
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.runtime import PURPOSES, Runtime
@@ -227,7 +228,7 @@ def document_mask_lost_behind_the_first_stage(patch: Patch, _rank: int) -> None:
 
 
 def _cut_at(patch: Patch, *layers: range) -> None:
-    patch.setattr(apply_module, "stage_layers", lambda *_arguments: layers)
+    patch.setattr(stages_module, "stage_layers", lambda *_arguments: layers)
 
 
 @mutant(TWO)
