@@ -85,9 +85,9 @@ def test_a_wrong_loss_is_not_certified(monkeypatch, capsys, bad):
 
 
 def test_a_plan_that_cannot_run_is_refused(monkeypatch, capsys):
-    code, out, err = inside(monkeypatch, capsys, "--set", "mesh.tp=2", "--json")
+    code, out, err = inside(monkeypatch, capsys, "--set", "mesh.cp=2", "--json")
     assert (code, out) == (2, "")
-    assert err.startswith("error: 1 problem in the plan:\nmesh.tp = 2: is not built")
+    assert err.startswith("error: 1 problem in the plan:\nmesh.cp = 2: is not built")
     assert "hint: use 1" in err
 
 

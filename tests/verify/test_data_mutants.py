@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from mutation import PADDED, Mutant, Patch, assert_caught, certify_with
+from mutation import (
+    PACKED,
+    PADDED,
+    SPEC,
+    Defect,
+    Mutant,
+    Patch,
+    assert_caught,
+    certify_with,
+    nothing,
+    plan_of,
+)
 from torch import Tensor
 
 from paceline.dist.world import World
@@ -19,9 +30,7 @@ from paceline.parallel.data.parameter_sharded import ParameterSharded
 from paceline.parallel.data.ready_gradients import ReadyGradients
 from paceline.parallel.data.shard_gradients import ShardGradients
 from paceline.plan.layout import padded_share
-from paceline.plan.mesh import MeshConfig
-from paceline.plan.plan import PipelineConfig, ZeroConfig
-from paceline.verify.certify import CASES
+from paceline.plan.plan import PipelineConfig, Plan, ZeroConfig
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -30,34 +39,36 @@ STAGES = {
     "2": (ZeroConfig(stage=2), GradientSharded),
     "own 3": (ZeroConfig(sharder="own"), ParameterSharded),
 }
-SHARDED = MeshConfig(dp_shard=2)  # 43 words, and an odd number of rows in the head's matrix
-HYBRID = MeshConfig(dp_replicate=2, dp_shard=2)
-PIPELINE = MeshConfig(pp=2, dp_shard=2)
+SHARDED = {"dp_shard": 2}  # 43 words, and an odd number of rows in the head's matrix
+HYBRID = {"dp_replicate": 2, "dp_shard": 2}
+PIPELINE = {"pp": 2, "dp_shard": 2}
 SPLIT = PipelineConfig(schedule="zero-bubble", num_microbatches=3)
 
-MUTANTS: dict[str, tuple[tuple[str, ...], MeshConfig, Mutant]] = {}
+DEFECTS: dict[str, Defect] = {}
 
 
-def mutant(*stages: str, mesh: MeshConfig = SHARDED) -> Callable[[Mutant], Mutant]:
+def layout(stage: str, degrees: dict[str, int]) -> Plan:
+    zero, _ = STAGES[stage]
+    return plan_of(zero=zero, pipeline=SPLIT if "pp" in degrees else None, **degrees)
+
+
+def mutant(*stages: str, mesh: dict[str, int] = SHARDED) -> Callable[[Mutant], Mutant]:
     """Adds a defect to the table, for some stages or for all."""
 
-    def add(function: Mutant) -> Mutant:
-        MUTANTS[function.__name__] = (stages or tuple(STAGES), mesh, function)
-        return function
+    def add(mutate: Mutant) -> Mutant:
+        for stage in stages or STAGES:
+            name = f"{mutate.__name__}, stage {stage}"
+            DEFECTS[name] = Defect(layout(stage, mesh), SPEC, PADDED, mutate)
+        return mutate
 
     return add
-
-
-def pipeline_of(mesh: MeshConfig) -> PipelineConfig | None:
-    return SPLIT if mesh.pp > 1 else None
 
 
 @pytest.mark.parametrize("mesh", [SHARDED, HYBRID, PIPELINE], ids=["2", "2x2", "pp 2 x 2"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_without_a_defect_the_same_path_is_certified(monkeypatch, stage, mesh):
-    zero, _ = STAGES[stage]
-    options = {"zero": zero, "pipeline": pipeline_of(mesh)}
-    certificate = certify_with(monkeypatch, mesh, lambda _patch, _rank: None, *CASES, **options)
+    plan = layout(stage, mesh)
+    certificate = certify_with(monkeypatch, plan, SPEC, nothing, PACKED, PADDED)
     assert certificate.certified, certificate.worst
 
 
@@ -246,14 +257,6 @@ def norm_of_one_rank_s_part(patch: Patch, _rank: int) -> None:
         patch.setattr(stage, "spread_axes", ())
 
 
-CASES_OF = [(name, stage) for name, (stages, _, _) in MUTANTS.items() for stage in stages]
-
-
-@pytest.mark.parametrize(("name", "stage"), CASES_OF)
-def test_the_certificate_fails(monkeypatch, name, stage):
-    _, mesh, mutate = MUTANTS[name]
-    zero, _ = STAGES[stage]
-    certificate = certify_with(
-        monkeypatch, mesh, mutate, PADDED, zero=zero, pipeline=pipeline_of(mesh)
-    )
-    assert_caught(certificate)
+@pytest.mark.parametrize("name", DEFECTS)
+def test_the_certificate_fails(monkeypatch, name):
+    assert_caught(monkeypatch, DEFECTS[name])

@@ -1,20 +1,28 @@
-"""Mutation tests: deliberate defects in the training of the ranks, each of which `certify` catches.
+"""Deliberate defects in the training of data ranks, each of which `certify` catches.
 
-A defect is a patch that is applied inside the forked ranks alone, so the oracle stays right. All
-of them are of kinds that a loss curve hides.
+All of them are of kinds that a loss curve hides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from mutation import PACKED, PADDED, Mutant, Patch, assert_caught, certify_with
+from mutation import (
+    PACKED,
+    PADDED,
+    SPEC,
+    Defects,
+    Patch,
+    assert_caught,
+    certify_with,
+    nothing,
+    plan_of,
+)
 from torch.distributed.fsdp import FSDPModule
 
 from paceline.data.batch import IGNORED, Batch
@@ -30,34 +38,25 @@ from paceline.parallel import apply as apply_module
 from paceline.parallel import buckets
 from paceline.parallel.data.fully_sharded import FullySharded
 from paceline.parallel.data.replicated import Replicated
-from paceline.plan.mesh import MeshConfig
+from paceline.parallel.pipeline.passes import Passes
 from paceline.plan.plan import Plan
+from paceline.train import evaluate as evaluate_module
 from paceline.train import step as step_module
 from paceline.verify import certify as certify_module
-from paceline.verify.certify import CASES
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
-REPLICATED = MeshConfig(dp_replicate=2)
-SHARDED = MeshConfig(dp_shard=2)
-HYBRID = MeshConfig(dp_replicate=2, dp_shard=2)
+REPLICATED = plan_of(dp_replicate=2)
+SHARDED = plan_of(dp_shard=2)
+HYBRID = plan_of(dp_replicate=2, dp_shard=2)
 
-MUTANTS: dict[str, tuple[MeshConfig, str, Mutant]] = {}
-
-
-def mutant(mesh: MeshConfig, case: str = PADDED) -> Callable[[Mutant], Mutant]:
-    """Adds a defect to the table. One case of the certificate must be enough to show it."""
-
-    def add(function: Mutant) -> Mutant:
-        MUTANTS[function.__name__] = (mesh, case, function)
-        return function
-
-    return add
+DEFECTS = Defects(SPEC)
+mutant = DEFECTS.of
 
 
-@pytest.mark.parametrize("mesh", [REPLICATED, SHARDED, HYBRID], ids=str)
-def test_without_a_defect_the_same_path_is_certified(monkeypatch, mesh):
-    certificate = certify_with(monkeypatch, mesh, lambda _patch, _rank: None, *CASES)
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED, HYBRID], ids=lambda plan: str(plan.mesh))
+def test_without_a_defect_the_same_path_is_certified(monkeypatch, plan):
+    certificate = certify_with(monkeypatch, plan, SPEC, nothing, PACKED, PADDED)
     assert certificate.certified, certificate.worst
 
 
@@ -137,6 +136,34 @@ def loss_of_one_rank_reported(patch: Patch, _rank: int) -> None:
 @mutant(REPLICATED)
 def loss_reported_as_nan(patch: Patch, _rank: int) -> None:
     patch.setattr(LossScale, "mean_loss", lambda _self, _total: math.nan)
+
+
+@mutant(REPLICATED)
+def tokens_of_one_rank_reported(patch: Patch, _rank: int) -> None:
+    original = certify_module.compute_gradients
+
+    def compute(state: Any, batches: Any, *rest: Any, **options: Any) -> Any:
+        result = original(state, batches, *rest, **options)
+        return replace(result, valid_tokens=sum(batch.count for batch in batches))
+
+    patch.setattr(certify_module, "compute_gradients", compute)
+
+
+# Evaluations
+
+
+@mutant(REPLICATED)
+def evaluation_on_one_rank_s_tokens(patch: Patch, _rank: int) -> None:
+    patch.setattr(evaluate_module, "DATA_AXES", ())
+
+
+@mutant(SHARDED)
+def evaluation_that_leaves_gradients(patch: Patch, _rank: int) -> None:
+    def evaluate(self: Passes, batches: Any, objective: Any) -> torch.Tensor:
+        with torch.enable_grad():
+            return self.train(batches, objective, lambda loss: loss)
+
+    patch.setattr(Passes, "evaluate", evaluate)
 
 
 # The clip
@@ -230,6 +257,20 @@ def frozen_layer_decayed(patch: Patch, _rank: int) -> None:
 
     patch.setattr(apply_module, "freeze", remember)
     patch.setattr(torch.optim.Optimizer, "zero_grad", decay)
+
+
+@mutant(REPLICATED, PACKED)
+def first_feed_forward_trained_at_another_rate(patch: Patch, _rank: int) -> None:
+    """It is the layer that is frozen in the other case."""
+    original = certify_module.compute_gradients
+
+    def compute(state: Any, *arguments: Any, **options: Any) -> Any:
+        result = original(state, *arguments, **options)
+        gradient = state.model.parts["blocks.0.ffn.down.weight"].gradient
+        gradient *= 1 + 1e-9
+        return result
+
+    patch.setattr(certify_module, "compute_gradients", compute)
 
 
 @mutant(REPLICATED)
@@ -375,7 +416,6 @@ def another_shuffle_on_one_rank(patch: Patch, rank: int) -> None:
     patch.setattr(Loader, "__init__", init)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", DEFECTS)
 def test_the_certificate_fails(monkeypatch, name):
-    mesh, case, mutate = MUTANTS[name]
-    assert_caught(certify_with(monkeypatch, mesh, mutate, case))
+    assert_caught(monkeypatch, DEFECTS[name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from paceline.data.batch import IGNORED
+from paceline.data.batch import IGNORED, Batch
 from paceline.data.loader import Loader
 from paceline.data.store import TokenStore
 from paceline.models.decoder import Decoder
@@ -87,6 +87,14 @@ def torch_optimizer(decoder: Decoder, config: OptimizerConfig) -> torch.optim.Op
 RATES = [0.01, 0.02, 0.02 * 2 / 3, 0.02 / 3, 0.0]  # by hand: two steps of warm-up, then to 0
 
 
+def sum_of_losses(decoder: Decoder, batch: Batch) -> torch.Tensor:
+    logits_BTV = decoder(batch.tokens_BT, Layout.of_documents(batch.documents_BT))
+    labels = batch.labels_BT.flatten()
+    return functional.cross_entropy(
+        logits_BTV.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
+    )
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("clip_norm", [0.05, 0.0])
 def test_the_oracle_trains_as_torch_does(store, name, clip_norm):
@@ -101,16 +109,13 @@ def test_the_oracle_trains_as_torch_does(store, name, clip_norm):
         count = sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            logits_BTV = reference(batch.tokens_BT, Layout.of_documents(batch.documents_BT))
-            labels = batch.labels_BT.flatten()
-            loss = functional.cross_entropy(
-                logits_BTV.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
-            )
+            loss = sum_of_losses(reference, batch)
             (loss / count).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm or 1e9)
         factor = min(1.0, clip_norm / float(norm)) if clip_norm else 1.0
         assert (factor < 1) == bool(clip_norm)
+        assert result.valid_tokens == count
         assert result.loss == pytest.approx(float(total) / count, rel=1e-13)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-13)
         assert result.clip_factor == pytest.approx(factor, rel=1e-13)
@@ -126,6 +131,9 @@ def test_the_oracle_trains_as_torch_does(store, name, clip_norm):
             group["lr"] = RATES[step - 1]
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            after = sum(sum_of_losses(reference, batch) for batch in batches)
+        assert result.loss_after == pytest.approx(float(after) / count, rel=1e-13)
         assert result.weights.keys() == {n for n, _ in reference.named_parameters()}
         for parameter_name, parameter in reference.named_parameters():
             assert_close(result.weights[parameter_name], parameter, 1e-14)

@@ -1,8 +1,10 @@
-"""Certification: every gradient, weight, loss, norm and clip factor of a plan against the oracle.
+"""Certification: every gradient, weight, loss, norm, clip factor and token count of a plan against
+the oracle, and the loss of an evaluation between steps.
 
 The hard cases are always in play, because this field's bugs live there: ranks with unequal numbers
-of valid tokens, accumulation, a clip that bites, a frozen layer, and tied embeddings where the
-model has them. SGD with momentum is run beside AdamW, which hides a wrong scale.
+of valid tokens, accumulation, a clip that bites, a layer that is frozen in one case and trained in
+the other, and tied embeddings where the model has them. SGD with momentum is run beside AdamW,
+which hides a wrong scale.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from paceline.plan.layout import Box, Place
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan, PrecisionConfig, ZeroConfig
+from paceline.train.evaluate import Evaluation, evaluate
 from paceline.train.objective.next_token import next_token
 from paceline.train.state import State
 from paceline.train.step import StepResult, compute_gradients
@@ -54,9 +58,28 @@ _MAX_LENGTH = 33
 _DISTURBANCE = 0.1
 _NUM_MICROBATCHES = 3
 _MAX_MICROBATCH_SEQUENCES = 2
+_EVALUATED_TOGETHER = 2  # of at least three micro-batches: groups need not be equal
 
-CASES = {"sgd, packed": ("sgd", True), "adamw, padded": ("adamw", False)}
-"""Case to its optimizer, and whether documents are packed."""
+
+class Case(NamedTuple):
+    """What is in play beside the plan.
+
+    Attributes:
+        optimizer: its name.
+        pack: whether documents are packed.
+        is_frozen: whether a layer is frozen where neither the plan nor its fine-tuning says what
+            is trained. In one case none is, so that every gradient is compared in some case.
+    """
+
+    optimizer: str
+    pack: bool
+    is_frozen: bool
+
+
+CASES = {
+    "sgd, packed": Case("sgd", pack=True, is_frozen=False),
+    "adamw, padded": Case("adamw", pack=False, is_frozen=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +88,9 @@ class Certificate:
 
     Attributes:
         certified: whether all errors are within `BOUND`.
-        max_rel_grad_error: of gradients, and of the gradient's norm and the clip factor.
+        max_rel_grad_error: of gradients, of their norm, the clip factor and the count of tokens.
         max_rel_param_error: of weights after the steps.
-        loss_error: of losses, relative.
+        loss_error: of losses, of steps and of an evaluation between them, relative.
         worst: the case, step and parameter with the largest error.
         per_parameter: parameter to its largest gradient error and weight error.
     """
@@ -86,14 +109,14 @@ class _Errors:
 
     gradients: dict[str, float]
     weights: dict[str, float]
-    loss: float
+    losses: dict[str, float]
     worst: tuple[float, str]
     gradient_boxes: dict[str, set[Box]]
     weight_boxes: dict[str, set[Box]]
 
     @classmethod
     def none(cls) -> _Errors:
-        return cls({}, {}, 0.0, (0.0, "none"), {}, {})
+        return cls({}, {}, {}, (0.0, "none"), {}, {})
 
     def add(self, kind: dict[str, float], found: Mapping[str, float], where: str) -> None:
         for name, error in found.items():
@@ -102,10 +125,14 @@ class _Errors:
             self.worst = max(self.worst, (error, f"{name}, {where}"))
 
     def merge(self, other: _Errors) -> None:
-        for mine, theirs in ((self.gradients, other.gradients), (self.weights, other.weights)):
+        pairs = (
+            (self.gradients, other.gradients),
+            (self.weights, other.weights),
+            (self.losses, other.losses),
+        )
+        for mine, theirs in pairs:
             for name, error in theirs.items():
                 mine[name] = max(mine.get(name, 0.0), error)
-        self.loss = max(self.loss, other.loss)
         self.worst = max(self.worst, other.worst)
         _join(self.gradient_boxes, other.gradient_boxes)
         _join(self.weight_boxes, other.weight_boxes)
@@ -139,16 +166,17 @@ def certify(
     spec = spec or tiny_spec(plan)
     weights = weights or RandomWeights(spec)
     errors = _Errors.none()
-    for case, (optimizer, pack) in CASES.items():
-        say(f"comparing with the oracle: {case}")
-        errors.merge(_certify_case(case, _hard(plan, spec, optimizer, pack), spec, weights))
+    for name, case in CASES.items():
+        say(f"comparing with the oracle: {name}")
+        errors.merge(_certify_case(name, _hard(plan, spec, case), spec, weights))
     gradient_error = max(errors.gradients.values())
     weight_error = max(errors.weights.values())
+    loss_error = max(errors.losses.values())
     return Certificate(
-        certified=max(gradient_error, weight_error, errors.loss) <= BOUND,
+        certified=max(gradient_error, weight_error, loss_error) <= BOUND,
         max_rel_grad_error=gradient_error,
         max_rel_param_error=weight_error,
-        loss_error=errors.loss,
+        loss_error=loss_error,
         worst=f"{errors.worst[1]}: {errors.worst[0]:.1e}",
         per_parameter={
             name: {"gradient": errors.gradients.get(name, 0.0), "weight": weight}
@@ -157,7 +185,7 @@ def certify(
     )
 
 
-def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
+def _hard(plan: Plan, spec: ModelSpec, case: Case) -> Plan:
     """The plan in float64, small, with the hard cases in play."""
     shape = batch_shape(plan)
     room = spec.max_positions - plan.peft.num_virtual_tokens
@@ -175,17 +203,17 @@ def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
             plan.train,
             sequence_length=length,
             tokens_per_step=length * sequences * shape.num_data_ranks,
-            pack=pack,
-            freeze=plan.train.freeze or _usual_freeze(plan),
+            pack=case.pack,
+            freeze=plan.train.freeze or _usual_freeze(plan, case),
         ),
         optimizer=replace(
-            plan.optimizer, name=optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
+            plan.optimizer, name=case.optimizer, eps=_ADAM_EPS, clip_norm=_CLIP_NORM, lr=0.01
         ),
     )
 
 
-def _usual_freeze(plan: Plan) -> tuple[str, ...]:
-    return ("blocks.0.ffn.*",) if plan.peft.method == "none" else ()
+def _usual_freeze(plan: Plan, case: Case) -> tuple[str, ...]:
+    return ("blocks.0.ffn.*",) if case.is_frozen and plan.peft.method == "none" else ()
 
 
 class _Disturbed:
@@ -266,14 +294,27 @@ def _compare(
         found = _pieces({n: (part.local.detach(), part.place) for n, part in model.parts.items()})
         _join(errors.weight_boxes, {name: {box} for name, (_, box) in found.items()})
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
-        errors.loss = max(errors.loss, _finite(relative_error(result.loss, oracle.loss)))
+        errors.add(errors.losses, {"loss": relative_error(result.loss, oracle.loss)}, where)
+        if step < len(expected):  # between steps, where it could leave something behind
+            after = evaluate(
+                model, batches, next_token, world, num_microbatches=_EVALUATED_TOGETHER
+            )
+            errors.add(errors.losses, _evaluation_errors(after, oracle), where)
     return errors
+
+
+def _evaluation_errors(after: Evaluation, oracle: OracleStep) -> dict[str, float]:
+    return {
+        "loss of an evaluation": relative_error(after.loss, oracle.loss_after),
+        "tokens of an evaluation": relative_error(after.tokens, oracle.valid_tokens),
+    }
 
 
 def _scale_errors(result: StepResult, oracle: OracleStep) -> dict[str, float]:
     return {
         "gradient norm": relative_error(result.grad_norm, oracle.grad_norm),
         "clip factor": relative_error(result.clip_factor, oracle.clip_factor),
+        "valid tokens": relative_error(result.valid_tokens, oracle.valid_tokens),
     }
 
 

@@ -29,17 +29,21 @@ class OracleStep:
 
     Attributes:
         loss: mean over valid tokens.
+        valid_tokens: how many they are.
         grad_norm: before the clip.
         clip_factor: what gradients were multiplied by.
         gradients: after the clip, of the trained parameters.
         weights: after the step, of all parameters.
+        loss_after: the loss of the same tokens with these.
     """
 
     loss: float
+    valid_tokens: int
     grad_norm: float
     clip_factor: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    loss_after: float
 
 
 def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> list[OracleStep]:
@@ -56,7 +60,7 @@ def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> li
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
     steps: list[OracleStep] = []
     for step in range(1, num_steps + 1):
-        loss = _mean_loss(model, loader, step)
+        loss, count = _mean_loss(model, loader, step)
         gradients = torch.autograd.grad(loss, list(trained.values()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         limit = plan.optimizer.clip_norm
@@ -66,13 +70,15 @@ def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> li
         with torch.no_grad():
             for name, parameter in trained.items():
                 update(parameter, clipped[name], moments[name], step, rate)
+            after, _ = _mean_loss(model, loader, step)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        steps.append(OracleStep(loss.item(), norm, factor, clipped, weights))
+        found = OracleStep(loss.item(), count, norm, factor, clipped, weights, after.item())
+        steps.append(found)
     return steps
 
 
-def _mean_loss(model: Decoder, loader: Loader, step: int) -> Tensor:
-    """``-sum(log p(label)) / count`` over all sequences of a step."""
+def _mean_loss(model: Decoder, loader: Loader, step: int) -> tuple[Tensor, int]:
+    """``-sum(log p(label)) / count`` over all sequences of a step, and the count."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in loader.microbatches(step, 0):
         logits_BTV = model(batch.tokens_BT, Layout.of_documents(batch.documents_BT))
@@ -82,7 +88,7 @@ def _mean_loss(model: Decoder, loader: Loader, step: int) -> Tensor:
         chosen_BT = log_probs_BTV.gather(-1, labels_BT[..., None])[..., 0]
         total = total - (chosen_BT * is_valid_BT).sum()
         count += int(is_valid_BT.sum())
-    return total / count
+    return total / count, count
 
 
 def _updates(config: OptimizerConfig) -> dict[str, Update]:

@@ -1,6 +1,11 @@
 """The forward and backward passes of a step's micro-batches on one rank, in a schedule's order.
 
 Without a pipeline there is one stage, the model, and the same runtime runs it.
+
+Traffic of a step with m micro-batches, E being the bytes of a `Border`, u the borders between a
+stage of this rank and a later one on another rank, d those between one and an earlier one: a rank
+sends m u E of activations and m d E of their gradients, and receives m d E and m u E. Two ranks
+that have one matrix as embedding and as head send each other its gradient, or their part of it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,21 @@ Cost: weights / tp a rank, but for norms, routers, experts and biases behind a s
 Differs: shares need not be equal: heads, columns and words go round as evenly as they can. A key
     head is copied to every rank whose query heads read it. Tokens are split as rows of the whole
     batch, padded to a multiple of tp.
+
+Traffic, of the tensors that a rank gives to all-reduces and reduce-scatters and gets from
+all-gathers. Of a micro-batch with B T tokens, C of which have a label, where every parameter is
+trained and n is the number of attentions and feed-forwards (two a layer, one where it has experts):
+
+- with sequence parallelism, (2 n + 2) A in all-gathers and as much in reduce-scatters, A being of
+  tp ceil(B T / tp) rows: forward and backward of each of the n, and of both ends of the model;
+- without it, (2 n + 2) A in all-reduces, A being of B T rows;
+- 3 C numbers of the softmax's dtype in all-reduces, for the loss;
+- where one norm goes over all heads, 4 B T numbers a layer in all-reduces;
+- where blocks are computed again, their forward part once more, but for the sum at a block's end
+  where no norm follows it: nothing in the backward pass needs that.
+
+Of a step, the gradients of `SplitDecoder.partial`, and those of `SplitDecoder.copied` as whole
+ones, in all-reduces.
 """
 
 from __future__ import annotations
