@@ -3,9 +3,9 @@
 The peer is a plain Llama written by hand (`paceline.bench.plain`) under `DistributedDataParallel`,
 `fully_shard`, `parallelize_module` and `Schedule1F1B` (`paceline.bench.layouts`): the same weights,
 batch, maths, clip, AdamW (fused) and cuts, in float32. Both sides live in the same two processes
-of one thread each and take turns, so that they share memory, allocator and connections; their
-losses of the first steps must agree. The model has SmolLM2's widths and, unless told, few of its layers, since
-each rank holds the state of both sides.
+of one thread each and take turns, so that they share memory, allocator and connections; the losses
+of their first steps must agree. The model has SmolLM2's widths and, unless told, few of its layers,
+since each rank holds the state of both sides.
 
 On tp two ranks have 4 and 5 of the 9 query heads, on both sides: see
 `paceline.bench.layouts.SplitAttention`.
