@@ -96,7 +96,7 @@ def test_what_is_not_measured_is_refused(monkeypatch, capsys, arguments, message
 
 
 def test_the_plain_baseline_is_of_llamas_alone():
-    with pytest.raises(UsageError, match="has moe = None"):
+    with pytest.raises(UsageError, match="has tied_embeddings = True"):
         require_plain(read_model_spec("random:mixtral:tiny"))
     with pytest.raises(UnknownNameError):
         run(against="jax")

@@ -30,7 +30,8 @@ VALUES: dict[str, list[Any]] = {
     "mesh.dp_shard": [1, 1, 2, 4, 0],
     "mesh.cp": [1, 1, 1, 2],
     "mesh.tp": [1, 1, 2, 6, 7, 0],
-    "zero.stage": [None, None, 0, 3],
+    "zero.stage": [None, None, 0, 2, 3],
+    "zero.sharder": ["auto", "auto", "auto", "own", "torch"],
     "tensor.sequence_parallel": [True, True, False],
     "pipeline.schedule": ["one-f-one-b", "gpipe", "interleaved", "zero-bubble", "v-half"],
     "pipeline.num_microbatches": [None, None, 1, 2, 4, 5, 0],
@@ -103,11 +104,15 @@ BASIC = (
 )
 STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 ROUNDS = ("pipeline.num_microbatches", *STEP, "pipeline.schedule", "mesh.pp")
+PRECISION = ("precision.params", "precision.compute", "precision.reduce")
 BETWEEN = (
     Illegal("mesh", AXES, lambda *d: d[0] * d[1] * d[2] * d[4] != NUM_RANKS),
     Illegal("train.tokens_per_step", STEP, is_no_multiple),
     Illegal("pipeline.num_microbatches", ROUNDS, divides_no_near_step),
-    Illegal("zero.stage", ("zero.stage", "mesh.dp_shard"), lambda z, d: z == 3 and d == 1),
+    Illegal("zero.stage", ("zero.stage", "mesh.dp_shard"), lambda z, d: bool(z) and d == 1),
+    Illegal("precision.params", PRECISION, lambda p, c, r: p == "float64" != min(c, r)),
+    Illegal("precision.compute", PRECISION, lambda p, c, _: p != "float64" == c),
+    Illegal("precision.reduce", PRECISION, lambda p, c, r: p != "float64" != c and r == "float64"),
     alone("mesh.tp", lambda tp: tp > 6),
     Illegal(
         "tensor.sequence_parallel",
@@ -134,8 +139,19 @@ BETWEEN = (
     ),
     Illegal(
         "pipeline.schedule",
-        ("pipeline.schedule", "zero.stage", "mesh.dp_shard"),
-        lambda name, z, d: name in SPLITS_BACKWARD and (z == 3 or (z is None and d > 1)),
+        ("pipeline.schedule", "zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp"),
+        lambda name, z, own, d, pp: (
+            name in SPLITS_BACKWARD
+            and (z == 3 or (z is None and d > 1))
+            and (own == "torch" or (own == "auto" and pp == 1))
+        ),
+    ),
+    Illegal(
+        "zero.sharder",
+        ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp"),
+        lambda z, own, d, pp: (
+            own == "torch" and pp > 1 if z == 3 or (z is None and d > 1) else own != "auto"
+        ),
     ),
     Illegal(
         "train.compile",

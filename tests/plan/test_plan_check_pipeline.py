@@ -162,14 +162,18 @@ def test_split_backward_passes_need_weights_that_stay(schedule):
     is_split = schedule in SPLIT
     whole = "gpipe, one-f-one-b, interleaved"
     sizes = {"mesh__dp_shard": 2, "pipeline__num_microbatches": 6}
-    for others in ({"zero__stage": 3}, {}):
-        found = problems(plan(2, schedule, **sizes, **others))
+    for num_ranks, others, setting in (
+        (1, {"zero__stage": 3}, 'zero.sharder = "own"'),
+        (1, {}, 'zero.sharder = "own"'),
+    ):
+        found = problems(plan(num_ranks, schedule, **sizes, **others))
         assert len(found) == is_split
         for path, rule, hint in found:
             assert path == "pipeline.schedule"
-            assert rule.startswith("splits backward passes, which zero.stage = 3 cannot")
-            assert hint == f"set zero.stage = 0, or use {whole}"
-    assert problems(plan(2, schedule, **sizes, zero__stage=0)) == []
+            assert rule.startswith("splits backward passes, ")
+            assert hint == f"set {setting}, or use {whole}"
+    for zero in ({}, {"zero__stage": 0}, {"zero__stage": 2}, {"zero__sharder": "own"}):
+        assert problems(plan(2, schedule, **sizes, **zero)) == []
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -72,13 +72,15 @@ def _whole_step(model: nn.Module, batches: Sequence[Batch], config: OptimizerCon
     optimizer = _adamw(model.parameters(), config)
 
     def step() -> float:
+        total = 0.0
         for batch in batches:
-            loss = mean_loss(model(batch.tokens_BT), batch.labels_BT)
-            (loss / len(batches)).backward()
+            loss = mean_loss(model(batch.tokens_BT), batch.labels_BT) / len(batches)
+            loss.backward()
+            total += loss.item()
         clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return total
 
     return step
 
@@ -150,12 +152,14 @@ def split(
     state = _LocalState(model, config)
 
     def step() -> float:
+        total = 0.0
         for batch in batches:
             with loss_parallel():
-                loss = mean_loss(model(batch.tokens_BT), batch.labels_BT)
-                (loss / len(batches)).backward()
+                loss = mean_loss(model(batch.tokens_BT), batch.labels_BT) / len(batches)
+                loss.backward()
+            total += cast("DTensor", loss).full_tensor().item()
         state.update(world.rank)
-        return cast("DTensor", loss).full_tensor().item()
+        return total
 
     return step
 

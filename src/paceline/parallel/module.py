@@ -16,6 +16,7 @@ from paceline.core.errors import ConfigError, Problem, UsageError
 from paceline.dist.world import World, join_ranks
 from paceline.kernels.device import choose_dtype
 from paceline.plan.check import require
+from paceline.plan.mesh import DATA_AXES
 from paceline.plan.plan import Plan
 
 _LEAST_SHARE = 0.1  # of the parameters, for a list of modules to count as the module's blocks
@@ -44,10 +45,11 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
         replaced in place.
 
     Raises:
-        ConfigError: the plan has problems, or its precision is not the module's.
+        ConfigError: the plan has problems, its precision is not the module's, or its ZeRO stage
+            is neither 0 nor torch's 3.
         UsageError: the number of ranks is not the plan's, or the module has no memory.
     """
-    require(plan)
+    require_for_module(plan)
     device = _device(module)
     _require_precision(module, plan, device)
     is_joined = torch.distributed.is_initialized()
@@ -58,6 +60,24 @@ def parallelize(module: nn.Module, plan: Plan) -> nn.Module:
         atexit.register(_leave)
     world = World(plan.mesh, rank, device)
     return _replicate(module, device) if plan.zero_stage == 0 else _shard(module, world)
+
+
+def require_for_module(plan: Plan) -> None:
+    """Raises ConfigError if a plan has problems, or asks for what is not for any module."""
+    require(plan)
+    rule = "is for models that train lays out; parallelize replicates, or splits by torch"
+    problems = [
+        Problem(f"mesh.{axis}", str(degree), rule, "use 1")
+        for axis, degree in plan.mesh.to_dict().items()
+        if axis not in DATA_AXES and degree > 1
+    ]
+    if plan.zero_technique not in ("0", "3"):
+        is_own = plan.zero_stage == 3
+        path, value = ("zero.sharder", "own") if is_own else ("zero.stage", plan.zero_stage)
+        hint = "leave it out" if is_own else "use 0 or 3"
+        problems.append(Problem(path, json.dumps(value), rule, hint))
+    if problems:
+        raise ConfigError(problems, source="the plan")
 
 
 def _leave() -> None:

@@ -27,13 +27,11 @@ from paceline.plan.plan import PeftConfig, Plan, PrecisionConfig
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.cp": (1,),
     "mesh.ep": (1,),
-    "zero.stage": (None, 0, 3),
     "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
     "precision.params": ("float32", "float64"),
-    "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
     "checkpoint.levels": (("disk",),),
@@ -269,6 +267,17 @@ def _zero_needs_shards(known: Known) -> Iterator[Problem]:
         )
 
 
+def _sharder_fits(known: Known) -> Iterator[Problem]:
+    """Stage 3 alone has sharders, and torch's wants each backward pass in one piece."""
+    sharder, path = known.plan.zero.sharder, "zero.sharder"
+    if sharder != "auto" and known.plan.zero_stage != 3:
+        rule = f"is for stage 3, and the stage in force is {known.plan.zero_stage}"
+        yield _problem(known, path, rule, "leave it out, or set zero.stage = 3")
+    elif sharder == "torch" and known.plan.mesh.pp > 1:
+        rule = "does not go with mesh.pp > 1, whose backward passes come in parts"
+        yield _problem(known, path, rule, 'use "own"')
+
+
 def _one_float64(known: Known) -> Iterator[Problem]:
     precision = known.plan.precision
     values = {field.name: getattr(precision, field.name) for field in fields(PrecisionConfig)}
@@ -433,9 +442,9 @@ def _split_backward(known: Known) -> Iterator[Problem]:
     plan, path = known.plan, "pipeline.schedule"
     if not _schedule(plan.pipeline.schedule).splits_backward:
         return
-    if plan.zero_stage == 3:
-        rule = "splits backward passes, which zero.stage = 3 cannot: it frees weights between them"
-        yield _problem(known, path, rule, f"set zero.stage = 0, or use {_whole_schedules()}")
+    if plan.zero_technique == "3":
+        rule = "splits backward passes, of which torch's ZeRO stage 3 wants each in one piece"
+        yield _problem(known, path, rule, f'set zero.sharder = "own", or use {_whole_schedules()}')
 
 
 def _whole_schedules() -> str:
@@ -447,6 +456,7 @@ def _whole_schedules() -> str:
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
+_ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
 _STAGES = ("mesh.pp", "pipeline.stages_per_rank")
 _SPLITS = ("mesh.pp", "mesh.tp", "pipeline.schedule")
 _ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
@@ -456,6 +466,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _whole_sequences: _STEP,
     _whole_microbatches: _ROUNDS,
     _zero_needs_shards: ("zero.stage", "mesh.dp_shard"),
+    _sharder_fits: _ZERO,
     _one_float64: ("precision.params", "precision.compute", "precision.reduce"),
     _context_fits: ("train.sequence_length", "peft.method", "peft.virtual_tokens"),
     _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
@@ -468,6 +479,6 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _whole_rounds: (*_ROUNDS, "train.microbatch_tokens"),
     _stages_have_layers: _STAGES,
     _stage_cuts: (*_STAGES, "pipeline.stage_cuts"),
-    _split_backward: ("pipeline.schedule", "zero.stage", "mesh.dp_shard"),
+    _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""

@@ -21,12 +21,13 @@ from paceline.data.loader import Loader
 from paceline.data.store import TokenStore
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
-from paceline.models.families.llama import PRESETS
 from paceline.models.peft.attach import attach
 from paceline.models.weights import RandomWeights, Weights, build, fill
 from paceline.optim import OPTIMIZERS
 from paceline.optim.schedule import learning_rate
 from paceline.parallel.apply import apply, freeze
+from paceline.parallel.pipeline import SCHEDULES
+from paceline.parallel.pipeline.base import Schedule
 from paceline.plan.batch import batch_shape
 from paceline.plan.layout import Box, Place
 from paceline.plan.mesh import MeshConfig
@@ -43,6 +44,7 @@ from paceline.verify.compare import (
     weight_errors,
 )
 from paceline.verify.oracle import OracleStep, run_oracle
+from paceline.verify.tiny import tiny_spec
 
 BOUND = 1e-12
 _NUM_STEPS = 2
@@ -130,11 +132,11 @@ def certify(
 
     Args:
         plan: its layout is certified; sizes of batches are reduced, precision is float64.
-        spec: sizes of the model; by default a tiny one with odd sizes.
+        spec: sizes of the model; by default a tiny one that admits the plan.
         weights: of the model; by default random.
         say: told of each case as it begins.
     """
-    spec = spec or PRESETS["tiny"]
+    spec = spec or tiny_spec(plan)
     weights = weights or RandomWeights(spec)
     errors = _Errors.none()
     for case, (optimizer, pack) in CASES.items():
@@ -160,7 +162,10 @@ def _hard(plan: Plan, spec: ModelSpec, optimizer: str, pack: bool) -> Plan:
     shape = batch_shape(plan)
     room = spec.max_positions - plan.peft.num_virtual_tokens
     length = min(plan.train.sequence_length, _MAX_LENGTH, room)
-    num_microbatches = plan.pipeline.num_microbatches or _NUM_MICROBATCHES
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    unit = schedule.microbatch_unit(plan.mesh.pp)
+    rounds = -(-_NUM_MICROBATCHES // unit)
+    num_microbatches = plan.pipeline.num_microbatches or rounds * unit
     sequences = num_microbatches * min(shape.microbatch_sequences, _MAX_MICROBATCH_SEQUENCES)
     return replace(
         plan,

@@ -25,8 +25,7 @@ from paceline.core.errors import UsageError
 from paceline.data.batch import IGNORED
 from paceline.dist.testing import run_ranks
 from paceline.optim.scale import global_mean
-from paceline.parallel.module import parallelize
-from paceline.plan.check import require
+from paceline.parallel.module import parallelize, require_for_module
 from paceline.plan.plan import Plan, PrecisionConfig
 from paceline.verify.certify import BOUND, Certificate
 from paceline.verify.compare import (
@@ -107,7 +106,7 @@ def certify_module(module: nn.Module, plan: Plan, *, forward: Forward | None = N
     plan = replace(
         plan, precision=PrecisionConfig(params="float64", compute="float64", reduce="float64")
     )
-    require(plan)
+    require_for_module(plan)
     call = forward or _call
     length = max(2, min(plan.train.sequence_length, _MAX_LENGTH))
     steps = _batches(plan, _vocab_size(module), length)

@@ -95,7 +95,7 @@ def test_what_ran_is_what_the_schedule_says_with_its_bubble(name):
     executed = [outcome.trace for outcome in outcomes]
     assert executed == [list(own) for own in actions_of(name, p, m)]
     found = timeline(executed)
-    bubble = {"zero-bubble": 3, "zero-bubble-v": 0}.get(name, 9)
+    bubble = {"zero-bubble": 3, "zero-bubble-v": 0, "v-half": 7}.get(name, 9)
     assert (found.inner_bubble if name == "zero-bubble-v" else found.bubble) == bubble
     for outcome in outcomes:
         backward = [a for a in outcome.trace if a.kind in ("B", "I", "W")]

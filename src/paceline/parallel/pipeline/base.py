@@ -64,19 +64,23 @@ class Costs:
 UNIT_COSTS = Costs()
 
 
+class Sizes(NamedTuple):
+    """Of one step of a pipeline: its ranks, the stages of each, and micro-batches."""
+
+    num_ranks: int
+    stages_per_rank: int
+    num_microbatches: int
+
+
 class Order(Protocol):
     """Computes the passes of every rank. Pure.
 
     Args:
-        num_ranks: ranks of the pipeline.
-        stages_per_rank: stages of each.
-        num_microbatches: of one step.
+        sizes: of a step.
         costs: what the passes take; only where weight passes go may depend on it.
     """
 
-    def __call__(
-        self, num_ranks: int, stages_per_rank: int, num_microbatches: int, costs: Costs
-    ) -> RankActions: ...
+    def __call__(self, sizes: Sizes, costs: Costs) -> RankActions: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +118,7 @@ class Schedule:
         most = self.max_stages_per_rank or stages_per_rank
         assert self.min_stages_per_rank <= stages_per_rank <= most, "stages_per_rank does not go"
         assert num_microbatches % self.microbatch_unit(num_ranks) == 0, "not in whole rounds"
-        return self.order(num_ranks, stages_per_rank, num_microbatches, costs)
+        return self.order(Sizes(num_ranks, stages_per_rank, num_microbatches), costs)
 
     def microbatch_unit(self, num_ranks: int) -> int:
         """What the number of micro-batches must be a multiple of."""

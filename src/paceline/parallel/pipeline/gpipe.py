@@ -8,19 +8,14 @@ Differs: backward passes run in the order of micro-batches, as in all schedules,
 
 from __future__ import annotations
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule, Sizes
 
 
-def _order(
-    num_ranks: int,
-    stages_per_rank: int,  # noqa: ARG001
-    num_microbatches: int,
-    costs: Costs,  # noqa: ARG001
-) -> RankActions:
-    kinds = (Kind.FORWARD, Kind.BACKWARD)
+def _order(sizes: Sizes, costs: Costs) -> RankActions:  # noqa: ARG001
+    kinds, microbatches = (Kind.FORWARD, Kind.BACKWARD), range(sizes.num_microbatches)
     return tuple(
-        tuple(Action(kind, rank, index) for kind in kinds for index in range(num_microbatches))
-        for rank in range(num_ranks)
+        tuple(Action(kind, rank, index) for kind in kinds for index in microbatches)
+        for rank in range(sizes.num_ranks)
     )
 
 

@@ -1,6 +1,6 @@
 """Several stages a rank, in rounds of as many micro-batches as there are ranks.
 
-Source: Narayanan et al., Megatron-LM, arXiv:2104.04473, Sec. 2.2, Fig. 4;
+Source: Narayanan et al., Megatron-LM, arXiv:2104.04473, Sec. 2.2.2, Fig. 4;
     activations: Korthikanti et al., arXiv:2205.05198, Sec. 4.2.3.
 Replaces: one_f_one_b.  Needs: stages_per_rank >= 2; num_microbatches a multiple of p.
 Forbids: nothing.
@@ -12,19 +12,12 @@ Differs: nothing.
 
 from __future__ import annotations
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule, Sizes
 from paceline.parallel.pipeline.one_f_one_b import alternate
 
 
-def _order(
-    num_ranks: int,
-    stages_per_rank: int,
-    num_microbatches: int,
-    costs: Costs,  # noqa: ARG001
-) -> RankActions:
-    return tuple(
-        _rank_order(rank, num_ranks, stages_per_rank, num_microbatches) for rank in range(num_ranks)
-    )
+def _order(sizes: Sizes, costs: Costs) -> RankActions:  # noqa: ARG001
+    return tuple(_rank_order(rank, *sizes) for rank in range(sizes.num_ranks))
 
 
 def _rank_order(

@@ -1,6 +1,6 @@
 """One forward pass, one backward pass in turn, after as many forward passes as ranks follow.
 
-Source: Narayanan et al., PipeDream-Flush, arXiv:2006.09503, Sec. 2.2; arXiv:2104.04473, Fig. 4.
+Source: Narayanan et al., PipeDream-Flush, arXiv:2006.09503; arXiv:2104.04473, Sec. 2.2.1, Fig. 4.
 Replaces: nothing, it is the default.  Needs: stages_per_rank = 1.  Forbids: nothing.
 Cost: bubble (p - 1)(t_F + t_B) a step on p ranks; rank r holds activations of at most p - r
     micro-batches.
@@ -9,7 +9,7 @@ Differs: nothing.
 
 from __future__ import annotations
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule, Sizes
 
 
 def alternate(forward: list[Action], backward: list[Action], num_warmup: int) -> tuple[Action, ...]:
@@ -26,26 +26,20 @@ def alternate(forward: list[Action], backward: list[Action], num_warmup: int) ->
     return (*forward[:num_warmup], *pairs, *backward[len(forward) - num_warmup :])
 
 
-def one_f_one_b(num_ranks: int, num_microbatches: int, backward: Kind) -> RankActions:
+def one_f_one_b(sizes: Sizes, backward: Kind) -> RankActions:
     """The order with backward passes of a kind, whole or of inputs alone."""
-    passes = {
-        (kind, rank): [Action(kind, rank, index) for index in range(num_microbatches)]
-        for kind in (Kind.FORWARD, backward)
-        for rank in range(num_ranks)
-    }
+
+    def passes(kind: Kind, rank: int) -> list[Action]:
+        return [Action(kind, rank, index) for index in range(sizes.num_microbatches)]
+
     return tuple(
-        alternate(passes[Kind.FORWARD, rank], passes[backward, rank], num_ranks - 1 - rank)
-        for rank in range(num_ranks)
+        alternate(passes(Kind.FORWARD, rank), passes(backward, rank), sizes.num_ranks - 1 - rank)
+        for rank in range(sizes.num_ranks)
     )
 
 
-def _order(
-    num_ranks: int,
-    stages_per_rank: int,  # noqa: ARG001
-    num_microbatches: int,
-    costs: Costs,  # noqa: ARG001
-) -> RankActions:
-    return one_f_one_b(num_ranks, num_microbatches, Kind.BACKWARD)
+def _order(sizes: Sizes, costs: Costs) -> RankActions:  # noqa: ARG001
+    return one_f_one_b(sizes, Kind.BACKWARD)
 
 
 ONE_F_ONE_B = Schedule(order=_order)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, needs
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, needs, ranks_of_stages
 
 
-def place_weight_passes(
-    order: RankActions, num_stages: int, limits: Sequence[int], costs: Costs
-) -> RankActions:
+def place_weight_passes(order: RankActions, limit: int, costs: Costs) -> RankActions:
     """Adds the weight passes to forward and input passes, whose order stays.
 
     A rank runs its oldest weight pass when the next forward pass would hold one activation too
@@ -24,14 +21,13 @@ def place_weight_passes(
 
     Args:
         order: forward and input passes of every rank.
-        num_stages: of all ranks.
-        limits: activations, in stages, that each rank may hold from forward to weight pass.
+        limit: activations, in stages, that each rank may hold from forward to weight pass.
         costs: of the passes; transfers take no time here.
 
     Raises:
-        ValueError: the order waits for itself, or holds more than a limit.
+        ValueError: the order waits for itself, or holds more than the limit.
     """
-    placing = _Placing(order, num_stages, limits, costs)
+    placing = _Placing(order, limit, costs)
     placing.run()
     return tuple(tuple(actions) for actions in placing.placed)
 
@@ -39,12 +35,10 @@ def place_weight_passes(
 class _Placing:
     """All ranks on one virtual clock, so that each knows what it would wait for."""
 
-    def __init__(
-        self, order: RankActions, num_stages: int, limits: Sequence[int], costs: Costs
-    ) -> None:
-        self.limits = limits
+    def __init__(self, order: RankActions, limit: int, costs: Costs) -> None:
+        self.limit = limit
         self.costs = costs
-        self.num_stages = num_stages
+        self.num_stages = len(ranks_of_stages(order))
         self.placed: list[list[Action]] = [[] for _ in order]
         self._todo = [deque(actions) for actions in order]
         self._weight_passes: list[deque[Action]] = [deque() for _ in order]
@@ -69,10 +63,10 @@ class _Placing:
         needed = needs(action, self.num_stages)
         unknown = [need for need in needed if need not in self._ends]
         ready = math.inf if unknown else max((self._ends[need] for need in needed), default=now)
-        is_full = action.kind is Kind.FORWARD and self._held[rank] == self.limits[rank]
+        is_full = action.kind is Kind.FORWARD and self._held[rank] == self.limit
         has_weight_pass = bool(self._weight_passes[rank])
         if is_full and not has_weight_pass:
-            raise ValueError(f"rank {rank} holds more than {self.limits[rank]} at {action}")
+            raise ValueError(f"rank {rank} holds more than {self.limit} at {action}")
         # A gap that is more than half as long as the pass: to wait would lose more than to be late.
         if is_full or (has_weight_pass and 2 * (ready - now) >= self.costs.backward_weight):
             self._start(rank, self._weight_passes[rank].popleft(), now)

@@ -1,6 +1,6 @@
 """Zero-bubble schedule on stages laid out like a V (ZB-V).
 
-Source: Qi et al., Zero Bubble Pipeline Parallelism, arXiv:2401.10241, Sec. 6, Fig. 7.
+Source: Qi et al., Zero Bubble Pipeline Parallelism, arXiv:2401.10241, Sec. 6.
 Replaces: one_f_one_b.  Needs: stages_per_rank = 2; split backward passes.  Forbids: zero.stage = 3.
 Cost: no bubble on p ranks where forward, input and weight passes cost the same and there are at
     least 2p - 1 micro-batches: from its own first pass to its last a rank never waits, and ranks
@@ -15,19 +15,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, Schedule, Sizes
 from paceline.parallel.pipeline.weight_passes import place_weight_passes
 
 
-def _order(
-    num_ranks: int,
-    stages_per_rank: int,
-    num_microbatches: int,
-    costs: Costs,
-) -> RankActions:
-    order = tuple(_rank_order(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
-    limit = 2 * num_ranks
-    return place_weight_passes(order, num_ranks * stages_per_rank, [limit] * num_ranks, costs)
+def _order(sizes: Sizes, costs: Costs) -> RankActions:
+    ranks = range(sizes.num_ranks)
+    order = tuple(_rank_order(r, sizes.num_ranks, sizes.num_microbatches) for r in ranks)
+    return place_weight_passes(order, 2 * sizes.num_ranks, costs)
 
 
 def _rank_order(rank: int, num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:

@@ -1,0 +1,219 @@
+"""Plans and tiny models drawn at random, each of which is certified or refused.
+
+Every factorisation of 2 to 8 ranks over pp, dp_replicate, dp_shard and tp can come up, every
+schedule and ZeRO stage, every family, and sizes that nothing divides. What is drawn is a function
+of the seed and of its number, so any of them can be drawn again alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from paceline.core import rng
+from paceline.core.errors import RankError
+from paceline.models.families import FAMILIES, family
+from paceline.models.peft import PEFT
+from paceline.models.weights import RandomWeights
+from paceline.parallel.pipeline import SCHEDULES
+from paceline.plan.check import check
+from paceline.plan.mesh import MeshConfig
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import (
+    MemoryConfig,
+    PeftConfig,
+    PipelineConfig,
+    Plan,
+    TensorConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from paceline.verify.certify import certify
+from paceline.verify.matrix import name_of
+from paceline.verify.tiny import fitted
+
+T = TypeVar("T")
+
+_MIN_RANKS, _MAX_RANKS = 2, 8
+_MAX_SEQUENCES = 2  # of a micro-batch
+_MAX_LENGTH = 29
+_MAX_ROUNDS = 3  # of micro-batches, where they come in rounds
+
+
+@dataclass(slots=True)
+class FuzzReport:
+    """What became of the plans.
+
+    Attributes:
+        drawn: plans.
+        refused: of these, by `paceline.plan.check`.
+        certified: of these, within the bound.
+        failed: plan, as TOML, and why it is neither.
+        worst: the largest error of those that are certified, and where it is.
+        reasons: refused plans by the rule.
+    """
+
+    drawn: int = 0
+    refused: int = 0
+    certified: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
+    worst: str = ""
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of one plan.
+
+    Attributes:
+        plan: that was drawn.
+        title: it and its model in a few words.
+        outcome: ``certified``, ``refused`` or ``failed``.
+        error: the largest, of one that is certified.
+        why: where the largest error is; the rule that refuses it; or how it failed.
+    """
+
+    plan: Plan
+    title: str
+    outcome: Literal["certified", "refused", "failed"]
+    error: float
+    why: str
+
+
+def fuzz(count: int, seed: int, *, advance: Callable[[str], None] = lambda _: None) -> FuzzReport:
+    """Certifies random plans.
+
+    Args:
+        count: of plans.
+        seed: of the draws.
+        advance: told of each plan what became of it.
+    """
+    report, largest = FuzzReport(), -1.0
+    for number in range(count):
+        found = trial(seed, number)
+        advance(f"{found.title}: {_said(found)}")
+        report.drawn += 1
+        if found.outcome == "refused":
+            report.refused += 1
+            report.reasons[found.why] += 1
+        elif found.outcome == "failed":
+            why = f"plan {number}: {found.why}"
+            report.failed.append({"plan": found.plan.to_toml(), "why": why})
+        else:
+            report.certified += 1
+            if found.error > largest:
+                largest, report.worst = found.error, f"plan {number}, {found.why}"
+    return report
+
+
+def _said(found: Trial) -> str:
+    return f"{found.error:.1e}" if found.outcome == "certified" else f"{found.outcome}, {found.why}"
+
+
+def trial(seed: int, number: int) -> Trial:
+    """Draws a plan, and certifies it if it can run."""
+    plan, spec = draw(seed, number)
+    title = _title(plan, spec)
+    if problems := check(plan, spec):
+        return Trial(plan, title, "refused", 0.0, f"{problems[0].path}: {problems[0].rule}")
+    try:
+        certificate = certify(plan, spec, RandomWeights(spec, seed=number))
+    except RankError as error:
+        return Trial(plan, title, "failed", 0.0, str(error))
+    errors = certificate.max_rel_grad_error, certificate.max_rel_param_error, certificate.loss_error
+    outcome = "certified" if certificate.certified else "failed"
+    return Trial(plan, title, outcome, max(errors), certificate.worst)
+
+
+def _title(plan: Plan, spec: ModelSpec) -> str:
+    """A plan in a few words."""
+    peft = f", {plan.peft.method}" if plan.peft.method != "none" else ""
+    return f"{spec.family}, {name_of(plan)}{peft}"
+
+
+class _Dice:
+    """Draws that are a function of seed, number and what they are for."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self._seed, self._number = seed, number
+
+    def pick(self, what: str, options: Sequence[T]) -> T:
+        """One of the options, all equally likely."""
+        word = rng.bits(1, seed=self._seed, purpose="fuzz", stream=what, position=self._number)[0]
+        return options[int(word) % len(options)]
+
+
+def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
+    """The plan of a number, and the model that it is for."""
+    dice = _Dice(seed, number)
+    mesh = _mesh(dice)
+    schedule: Any = dice.pick("schedule", list(SCHEDULES)) if mesh.pp > 1 else "one-f-one-b"
+    traits: Any = SCHEDULES.load(schedule)
+    most = traits.max_stages_per_rank or traits.min_stages_per_rank + 1
+    per_rank = dice.pick("stages", range(traits.min_stages_per_rank, most + 1))
+    spec = family(dice.pick("family", list(FAMILIES))).PRESETS["tiny"]
+    length = dice.pick("length", range(3, _MAX_LENGTH + 1))
+    rounds = dice.pick("rounds", range(1, _MAX_ROUNDS + 1))
+    num_microbatches = rounds * (mesh.pp if traits.needs_rounds else 1)
+    sequences = num_microbatches * dice.pick("sequences", range(1, _MAX_SEQUENCES + 1))
+    stage: Any = dice.pick("zero", [0, 1, 2, 3]) if mesh.dp_shard > 1 else 0
+    sharder: Any = dice.pick("sharder", ["auto", "own"]) if stage == 3 else "auto"
+    is_alone = mesh.pp == mesh.tp == 1
+    method = dice.pick("peft", ["none", "none", *PEFT]) if is_alone else "none"
+    plan = Plan(
+        mesh=mesh,
+        zero=ZeroConfig(stage=stage, sharder=sharder),
+        tensor=TensorConfig(
+            sequence_parallel=mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
+        ),
+        pipeline=PipelineConfig(
+            schedule=schedule, num_microbatches=num_microbatches, stages_per_rank=per_rank
+        ),
+        memory=MemoryConfig(remat=dice.pick("remat", ["none", "selective", "full"])),
+        peft=PeftConfig(method=method),
+        train=TrainConfig(
+            sequence_length=length,
+            tokens_per_step=length * sequences * mesh.num_data_ranks,
+            freeze=() if method != "none" else dice.pick("freeze", _FREEZES),
+            seed=number,
+        ),
+    )
+    spec = fitted(spec, plan, spare_layers=dice.pick("spare layers", [0, 1, 2]))
+    return replace(plan, pipeline=_with_cuts(dice, plan, spec)), spec
+
+
+_FREEZES: tuple[tuple[str, ...], ...] = (
+    (),  # the usual layer
+    ("embedding.*",),
+    ("*norm.*",),
+    ("blocks.0.*",),
+    ("blocks.*.attention.*",),
+)
+
+
+def _mesh(dice: _Dice) -> MeshConfig:
+    """One of all meshes of several ranks without context or expert parallelism."""
+    degrees = range(1, _MAX_RANKS + 1)
+    meshes = [
+        MeshConfig(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp)
+        for pp in degrees
+        for replicate in degrees
+        for shard in degrees
+        for tp in degrees
+        if _MIN_RANKS <= math.prod((pp, replicate, shard, tp)) <= _MAX_RANKS
+    ]
+    return dice.pick("mesh", meshes)
+
+
+def _with_cuts(dice: _Dice, plan: Plan, spec: ModelSpec) -> PipelineConfig:
+    """The plan's pipeline, in every other draw with cuts at random places."""
+    num_stages = plan.mesh.pp * plan.pipeline.stages_per_rank
+    if num_stages == 1 or not dice.pick("cuts", [True, False]):
+        return plan.pipeline
+    places = sorted(
+        range(1, spec.num_layers), key=lambda place: dice.pick(f"cut {place}", range(1 << 30))
+    )
+    return replace(plan.pipeline, stage_cuts=tuple(sorted(places[: num_stages - 1])))

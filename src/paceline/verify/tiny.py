@@ -1,0 +1,35 @@
+"""Tiny models, made so that a plan can be laid over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paceline.models.families.llama import PRESETS
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan
+
+
+def tiny_spec(plan: Plan) -> ModelSpec:
+    """A model that admits a plan: odd sizes, key heads in groups, one layer more than stages."""
+    return fitted(PRESETS["tiny"], plan, spare_layers=1)
+
+
+def fitted(spec: ModelSpec, plan: Plan, *, spare_layers: int = 0) -> ModelSpec:
+    """A model with layers for every stage and heads for every rank of a plan.
+
+    Args:
+        spec: kept but for its numbers of layers and heads.
+        plan: how it will be laid out.
+        spare_layers: more than there are stages, where there are several.
+    """
+    num_stages = plan.mesh.pp * plan.pipeline.stages_per_rank
+    cuts = plan.pipeline.stage_cuts or (0,)
+    least = num_stages + spare_layers if num_stages > 1 else 1
+    group = spec.num_heads // spec.num_kv_heads
+    num_kv_heads = max(spec.num_kv_heads, -(-plan.mesh.tp // group))
+    return replace(
+        spec,
+        num_layers=max(spec.num_layers, least, cuts[-1] + 1),
+        num_kv_heads=num_kv_heads,
+        num_heads=group * num_kv_heads,
+    )
