@@ -34,8 +34,9 @@ def sum_in_buckets(
         dtype: in which sums are made; absent: the tensors' own.
     """
     for bucket in buckets(tensors):
-        if len(bucket) == 1 and bucket[0].is_contiguous():
-            world.sum(bucket[0], axes, purpose=purpose)  # where it lies: a large one alone
+        is_large = len(bucket) == 1 and bucket[0].is_contiguous()
+        if is_large and dtype in (None, bucket[0].dtype):
+            world.sum(bucket[0], axes, purpose=purpose)  # where it lies, without two copies
             continue
         flat = torch.cat([tensor.flatten() for tensor in bucket]).to(dtype or bucket[0].dtype)
         world.sum(flat, axes, purpose=purpose)
