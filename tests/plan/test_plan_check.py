@@ -105,7 +105,7 @@ def test_the_hint_of_what_is_not_built_says_what_is():
     assert check(plan_with(("mesh.ep", 2)))[0].hint == "use 1"
     hint = check(plan_with(("precision.params", "bfloat16")))[0].hint
     assert hint == 'use "float32", "float64"'
-    assert check(plan_with(("pipeline.stage_cuts", [1])))[0].hint == "leave it out"
+    assert check(plan_with(("pipeline.stage_cuts", [1])))[0].hint.startswith("leave it out")
     (problem,) = check(plan_with(("checkpoint.levels", ["memory", "disk"])))
     assert (problem.value, problem.hint) == ('["memory", "disk"]', 'use ["disk"]')
     (problem,) = check(plan_with(("checkpoint.interval_steps", "auto")))

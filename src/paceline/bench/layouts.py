@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -164,9 +165,9 @@ def split(
     return step
 
 
-def _tensor_plan(model: Llama) -> dict[str, object]:
+def _tensor_plan(model: Llama) -> dict[str, ParallelStyle]:
     rows, whole = Shard(1), Replicate()
-    of_block = {
+    of_block: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
         "ffn_norm": SequenceParallel(),
         "ffn": PrepareModuleInput(input_layouts=rows, desired_input_layouts=whole),
@@ -174,7 +175,7 @@ def _tensor_plan(model: Llama) -> dict[str, object]:
         "ffn.up": ColwiseParallel(),
         "ffn.down": RowwiseParallel(output_layouts=rows),
     }
-    ends = {
+    ends: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=whole, output_layouts=rows),
         "norm": SequenceParallel(),
     }

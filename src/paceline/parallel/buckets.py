@@ -34,6 +34,10 @@ def sum_in_buckets(
         dtype: in which sums are made; absent: the tensors' own.
     """
     for bucket in buckets(tensors):
+        is_large = len(bucket) == 1 and bucket[0].is_contiguous()
+        if is_large and dtype in (None, bucket[0].dtype):
+            world.sum(bucket[0], axes, purpose=purpose)  # where it lies, without two copies
+            continue
         flat = torch.cat([tensor.flatten() for tensor in bucket]).to(dtype or bucket[0].dtype)
         world.sum(flat, axes, purpose=purpose)
         parts = flat.split([tensor.numel() for tensor in bucket])

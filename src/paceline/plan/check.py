@@ -253,9 +253,9 @@ def _microbatch_counts(plan: Plan, unit: int | None = None) -> list[int]:
         plan: whose step it is.
         unit: what they are to be a multiple of; by default the schedule's.
     """
-    unit = unit or _schedule(plan.pipeline.schedule).microbatch_unit(plan.mesh.pp)
+    step: int = unit or _schedule(plan.pipeline.schedule).microbatch_unit(plan.mesh.pp)
     sequences = _sequences(plan)
-    candidates = range(unit, max(sequences) + 1, unit)
+    candidates = range(step, max(sequences) + 1, step)
     return [n for n in candidates if any(number % n == 0 for number in sequences)]
 
 
