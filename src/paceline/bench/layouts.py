@@ -211,7 +211,8 @@ class _LocalState:
             self._local[name].grad = _local(parameter.grad)
             parameter.grad = None
         self._sum_terms()
-        own = torch.stack([self._owned(name, rank).norm() for name in self._local]).square().sum()
+        norms = [self._owned(name, rank).norm() for name in self._local]
+        own = torch.stack(norms).square().sum()
         torch.distributed.all_reduce(own)
         clip_grads_with_norm_(self._local.values(), self._max_norm, own.sqrt())
         self._optimizer.step()
