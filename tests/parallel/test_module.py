@@ -95,14 +95,14 @@ def test_alone_a_module_stays_as_it_is():
 @pytest.mark.parametrize(
     ("module", "of", "error", "message"),
     [
-        (Net(0), Plan.from_dict({"mesh": {"tp": 2}}), ConfigError, "mesh.tp = 2: is not built"),
+        (Net(0), Plan.from_dict({"mesh": {"pp": 2}}), ConfigError, "mesh.pp = 2: is for models of"),
         (Net(0), plan("float32", dp_shard=2), UsageError, "needs 2 rank"),
         (Net(0), plan("float64"), ConfigError, "precision.params.*parameters are float32"),
         (Net(0).bfloat16(), Plan(), ConfigError, "precision.compute"),
         (nn.Linear(2, 2, device="meta"), Plan(), UsageError, "no memory behind"),
         (nn.Identity(), Plan(), UsageError, "has parameters on none"),
     ],
-    ids=["tensor", "ranks", "double", "bfloat16", "meta", "empty"],
+    ids=["pipeline", "ranks", "double", "bfloat16", "meta", "empty"],
 )
 def test_refusals(module, of, error, message):
     with pytest.raises(error) as caught:

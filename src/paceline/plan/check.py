@@ -121,6 +121,14 @@ def require(
         raise ConfigError(problems, source=source)
 
 
+def require_for_module(plan: Plan) -> None:
+    """Raises ConfigError if a user's own module cannot be laid as a plan says."""
+    known = Known(plan, None, None)
+    problems = check(plan) or [problem for rule in MODULE_RULES for problem in rule(known)]
+    if problems:
+        raise ConfigError(problems, source="the plan")
+
+
 def value_at(config: Config, path: str) -> Any:
     """The value at a dotted path."""
     value: Any = config
@@ -347,6 +355,23 @@ def _whole_schedules() -> str:
     return ", ".join(name for name in table if not _schedule(name).splits_backward)
 
 
+def _module_axes(known: Known) -> Iterator[Problem]:
+    for axis in ("pp", "cp", "ep"):
+        if getattr(known.plan.mesh, axis) > 1:
+            rule = "is for models of this package: a module of one's own is not cut that way"
+            yield _problem(known, f"mesh.{axis}", rule, "use mesh.tp, dp_shard, dp_replicate")
+    if known.plan.zero_stage not in (0, 3):
+        rule = "is for models of this package, whose optimizer it shares out"
+        yield _problem(known, "zero.stage", rule, "use 0, 3")
+
+
+def _module_rows_are_whole(known: Known) -> Iterator[Problem]:
+    if known.plan.mesh.tp > 1 and known.plan.tensor.sequence_parallel:
+        path = "tensor.sequence_parallel"
+        rule = "splits the residual stream, which a module of one's own keeps to itself"
+        yield _problem(known, path, rule, "set it to false")
+
+
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 RULES: tuple[Rule, ...] = (
     _ranks,
@@ -362,3 +387,5 @@ RULES: tuple[Rule, ...] = (
     _stage_cuts,
     _split_backward,
 )
+MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole)
+"""Rules for `paceline.parallelize` alone, whose module is not ours."""
