@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import peft
 import pytest
 import torch
 import transformers
@@ -60,6 +61,25 @@ def test_more_ranks_than_key_heads_train_exactly(name):
 )
 def test_tensor_ranks_beside_data_ranks_train_exactly(name, axis):
     certify(build(ALL[name]), plan(tp=2, **{axis: 2}))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_are_split_with_the_layers_they_adapt():
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
+    module = peft.get_peft_model(build(OURS["llama"]), config)
+    certify(module, plan(tp=2))
+
+    def run(_rank: int) -> dict[str, str]:
+        pl.parallelize(module.double(), plan(tp=2))
+        return dict(pl.tensor_rules_of(module).roles)
+
+    attention = "base_model.model.model.layers.0.self_attn."
+    for found in run_ranks(run, 2):
+        assert found[f"{attention}q_proj.base_layer"] == "column"
+        assert found[f"{attention}q_proj.lora_B.default"] == "column"
+        assert f"{attention}q_proj.lora_A.default" not in found
+        assert found[f"{attention}o_proj.lora_A.default"] == "row"
 
 
 def split(name: str, of: pl.Plan, **options) -> None:

@@ -7,7 +7,7 @@ where the copies are few.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from paceline.core.errors import ConfigError, Problem
@@ -16,8 +16,20 @@ from paceline.plan.module_rules import Draft, Group, even_shares
 from paceline.plan.tensor_rules import Split, even_share
 
 
-def components(graph: ModuleGraph) -> Iterator[tuple[list[Leaf], list[Leaf]]]:
-    """Linears that read linears, with those: (sources, readers) that hang together."""
+def components(graph: ModuleGraph) -> list[tuple[list[Leaf], list[Leaf]]]:
+    """Linears that read linears, with those: (sources, readers) that hang together.
+
+    The largest come first: a linear can be in two, as a reader in one and as a source in the
+    other, of which it is split in one.
+    """
+    return sorted(_components(graph), key=lambda pair: -_num_parameters((*pair[0], *pair[1])))
+
+
+def _num_parameters(leaves: Iterable[Leaf]) -> int:
+    return sum(leaf.num_inputs * leaf.num_outputs for leaf in leaves)
+
+
+def _components(graph: ModuleGraph) -> Iterator[tuple[list[Leaf], list[Leaf]]]:
     linear = {leaf.name for leaf in graph.leaves if leaf.is_linear}
 
     def linear_sources(leaf: Leaf) -> set[str]:
