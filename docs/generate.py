@@ -20,7 +20,6 @@ import typer.main
 
 from paceline.cli.main import app
 from paceline.core.config import Config
-from paceline.core.registry import NameTable
 from paceline.memory.remat import REMAT
 from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
@@ -40,6 +39,8 @@ TABLES = {
     "serve.policy": POLICIES,
     "model_type, in a model's config.json": FAMILIES,
 }
+MODULES = {"mesh.tp": "paceline.parallel.tensor.decoder"}
+"""Plan key to the technique that it alone chooses."""
 
 
 def main() -> None:
@@ -61,7 +62,9 @@ def techniques() -> str:
     parts = ["# Techniques\n\nWritten by `make docs` from the docstrings. Do not edit.\n"]
     for key, table in TABLES.items():
         parts.append(f"\n## {key}\n")
-        parts += [f"\n### {name}\n\n{_docstring(table, name)}\n" for name in table]
+        parts += [f"\n### {name}\n\n{_docstring(table[name])}\n" for name in table]
+    for key, module in MODULES.items():
+        parts.append(f"\n## {key}\n\n{_docstring(module)}\n")
     return "".join(parts)
 
 
@@ -126,8 +129,8 @@ def _table(path: str, config: type[Config]) -> list[str]:
     return lines + inner
 
 
-def _docstring(table: NameTable, name: str) -> str:
-    module = importlib.import_module(table[name].split(":")[0])
+def _docstring(location: str) -> str:
+    module = importlib.import_module(location.split(":")[0])
     return inspect.getdoc(module) or ""
 
 

@@ -20,7 +20,7 @@ from paceline.models.tokenizer import byte_tokenizer, tokenizer_files
 from paceline.optim import OPTIMIZERS
 from paceline.parallel.apply import apply
 from paceline.plan.mesh import MeshConfig
-from paceline.plan.plan import Plan
+from paceline.plan.plan import Plan, ZeroConfig
 from paceline.train.state import State
 
 pytestmark = pytest.mark.cpu
@@ -105,10 +105,19 @@ def test_import_then_export_keeps_every_bit(tmp_path, dtype, is_tied):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh", [MeshConfig(dp_shard=2), MeshConfig(dp_replicate=2)], ids=str)
-def test_an_export_is_the_same_file_from_any_layout(tmp_path, mesh):
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(mesh=MeshConfig(dp_shard=2)),
+        Plan(mesh=MeshConfig(dp_replicate=2)),
+        Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(stage=1)),
+        Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(sharder="own")),
+    ],
+    ids=lambda plan: f"{plan.mesh.num_ranks} ranks, stage {plan.zero_technique}",
+)
+def test_an_export_is_the_same_file_from_any_layout(tmp_path, plan):
     alone = exported("random:llama:tiny", tmp_path / "alone")
-    ranks = exported("random:llama:tiny", tmp_path / "ranks", Plan(mesh=mesh))
+    ranks = exported("random:llama:tiny", tmp_path / "ranks", plan)
     again = exported(str(alone), tmp_path / "again")
     contents = [(folder / "model.safetensors").read_bytes() for folder in (alone, ranks, again)]
     assert contents[0] == contents[1] == contents[2]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from paceline.core.errors import ConfigError, UnknownNameError
 from paceline.dist.testing import run_ranks
@@ -19,22 +19,31 @@ from paceline.parallel.apply import apply
 from paceline.parallel.data import STAGES
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import Plan, TrainConfig, ZeroConfig
+from wholes import whole, whole_weights
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
 CPU = torch.device("cpu")
 SPEC = PRESETS["tiny"]
 FROZEN = ("blocks.1.*", "norm.weight")
+MESHES = [MeshConfig(dp_shard=3), MeshConfig(dp_replicate=2, dp_shard=2)]
+ZEROS = {
+    "0": ZeroConfig(stage=0),
+    "1": ZeroConfig(stage=1),
+    "2": ZeroConfig(stage=2),
+    "3": ZeroConfig(stage=3),
+    "3-own": ZeroConfig(stage=3, sharder="own"),
+}
 LAYOUTS = [
     Plan(),
-    Plan(mesh=MeshConfig(dp_shard=2)),
-    Plan(mesh=MeshConfig(dp_shard=3)),
     Plan(mesh=MeshConfig(dp_replicate=2)),
-    Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(stage=0)),
-    Plan(mesh=MeshConfig(dp_replicate=2, dp_shard=2)),
-    Plan(mesh=MeshConfig(dp_replicate=2, dp_shard=2), zero=ZeroConfig(stage=0)),
+    *(Plan(mesh=mesh, zero=zero) for zero in ZEROS.values() for mesh in MESHES),
 ]
-NAMES = [f"{p.mesh.dp_replicate}x{p.mesh.dp_shard} ranks, stage {p.zero_stage}" for p in LAYOUTS]
+NAMES = [f"{p.mesh.dp_replicate}x{p.mesh.dp_shard} ranks, {p.zero_technique}" for p in LAYOUTS]
+
+
+def test_every_stage_is_laid_out():
+    assert {plan.zero_technique for plan in LAYOUTS} == set(STAGES) == set(ZEROS)
 
 
 def on_ranks(plan: Plan, work: Any) -> list[Any]:
@@ -47,14 +56,10 @@ def on_ranks(plan: Plan, work: Any) -> list[Any]:
     return run_ranks(run, plan.mesh.num_ranks)
 
 
-def whole(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().numpy()
-
-
 @pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
 def test_weights_are_whole_wherever_they_lie(plan):
-    def work(model, _world):
-        return {name: whole(p) for name, p in model.module.named_parameters()}
+    def work(model, world):
+        return whole_weights(model.parts, world)
 
     expected = RandomWeights(SPEC, seed=3)
     for found in on_ranks(plan, work):
@@ -71,15 +76,14 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(plan):
     def work(model, world):
         for microbatch in range(2):
             loss(model, 2 * world.data_index + microbatch).backward()
+            model.data.finish_pass(model.module)
         model.data.finish_gradients(model.module)
-        return {
-            name: whole(p.grad) for name, p in model.module.named_parameters() if p.grad is not None
-        }
+        return {name: whole(part, world, gradient=True) for name, part in model.parts.items()}
 
     alone = apply(SPEC, RandomWeights(SPEC, seed=3), Plan(), World(MeshConfig(), 0, CPU))
     for index in range(2 * plan.mesh.num_data_ranks):
         loss(alone, index).backward()
-    expected = {name: whole(p.grad) for name, p in alone.module.named_parameters()}
+    expected = {name: p.grad.numpy() for name, p in alone.module.named_parameters()}
     for found in on_ranks(plan, work):
         assert found.keys() == expected.keys()
         for name, value in found.items():
@@ -89,15 +93,21 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(plan):
 
 @pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
 def test_split_axes_say_what_a_rank_holds(plan):
-    def work(model, world):
-        parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters())
-        return parts, model.data.spread_axes, world.rank
+    def work(model, _world):
+        parts = model.parts.values()
+        held, owned = (
+            sum(box.num_elements for box in boxes)
+            for boxes in ([p.place.box for p in parts], [p.place.owned for p in parts])
+        )
+        assert held == sum(part.local.numel() for part in parts)
+        return held, owned, model.data.spread_axes
 
     found = on_ranks(plan, work)
-    (split_axes,) = {axes for _, axes, _ in found}
-    copies = plan.mesh.num_ranks // (plan.mesh.dp_shard if split_axes else 1)
-    assert split_axes == (("dp_shard",) if plan.zero_stage == 3 else ())
-    assert sum(parts for parts, _, _ in found) == copies * SPEC.num_parameters
+    (spread_axes,) = {axes for _, _, axes in found}
+    copies = plan.mesh.num_ranks // (plan.mesh.dp_shard if spread_axes else 1)
+    assert spread_axes == (("dp_shard",) if plan.zero_stage else ())
+    assert sum(held for held, _, _ in found) == copies * SPEC.num_parameters
+    assert [held for held, _, _ in found] == [owned for _, owned, _ in found]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 4096, 25 << 20])
@@ -137,6 +147,39 @@ def test_one_rank_sends_nothing():
     assert world.traffic.transfers == []
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
+@pytest.mark.parametrize(
+    "plan", [p for p in LAYOUTS if p.zero_technique in ("1", "2", "3-own") and p.mesh.dp_shard == 3]
+)
+def test_a_pass_that_misses_a_parameter_on_some_ranks_counts_as_zero_there(
+    monkeypatch, plan, bucket_bytes
+):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
+    missed = ("blocks.1.ffn_norm.weight", "embedding.weight", "norm.weight")
+
+    def loss(model, index: int) -> torch.Tensor:
+        for name in missed:  # without a gradient on all ranks but the first
+            owner = model.get_submodule(name.removesuffix(".weight"))
+            owner.weight.requires_grad_(index == 0)
+        tokens_BT = torch.arange(8).view(1, 8) * (index + 1) % SPEC.vocab_size
+        return model(tokens_BT).square().sum()
+
+    def work(model, world):
+        loss(model.module, world.data_index).backward()
+        model.data.finish_pass(model.module)
+        model.data.finish_gradients(model.module)
+        return {name: whole(part, world, gradient=True) for name, part in model.parts.items()}
+
+    alone = apply(SPEC, RandomWeights(SPEC, seed=3), Plan(), World(MeshConfig(), 0, CPU))
+    for index in range(plan.mesh.num_data_ranks):
+        loss(alone.module, index).backward()
+    for found in on_ranks(plan, work):
+        for name, parameter in alone.module.named_parameters():
+            expected = parameter.grad.numpy()
+            error = np.abs(found[name] - expected).max() / np.abs(expected).max()
+            assert error < 1e-5, (name, error)
+
+
 def test_a_gradient_that_only_some_ranks_have_is_summed_all_the_same():
     plan = Plan(mesh=MeshConfig(dp_replicate=2))
 
@@ -150,18 +193,23 @@ def test_a_gradient_that_only_some_ranks_have_is_summed_all_the_same():
     assert on_ranks(plan, work) == [[2.0] * SPEC.d_model] * 2
 
 
-@pytest.mark.parametrize("plan", LAYOUTS[:3], ids=NAMES[:3])
+@pytest.mark.parametrize("plan", LAYOUTS, ids=NAMES)
 def test_frozen_parameters_have_no_gradient(plan):
-    frozen_plan = Plan(mesh=plan.mesh, train=TrainConfig(freeze=FROZEN))
+    frozen_plan = replace(plan, train=TrainConfig(freeze=FROZEN))
 
-    def work(model, _world):
+    def work(model, world):
         model.module(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+        model.data.finish_pass(model.module)
         model.data.finish_gradients(model.module)
-        return {name for name, p in model.module.named_parameters() if p.grad is None}
+        owned = sum(part.place.owned.num_elements for part in model.parts.values())
+        without = {name for name, part in model.parts.items() if part.gradient is None}
+        return without, sum(world.collect(owned))
 
     names = {name for name, _ in apply_alone(frozen_plan).module.named_parameters()}
     expected = {name for name in names if name.startswith("blocks.1.")} | {"norm.weight"}
-    assert on_ranks(frozen_plan, work) == [expected] * plan.mesh.num_ranks
+    copies = plan.mesh.num_ranks // (plan.mesh.dp_shard if plan.zero_stage else 1)
+    found = on_ranks(frozen_plan, work)
+    assert found == [(expected, copies * SPEC.num_parameters)] * plan.mesh.num_ranks
 
 
 def apply_alone(plan: Plan):

@@ -69,6 +69,10 @@ def plan(precision="float64", **mesh):
     return Plan.from_dict({"mesh": mesh, "precision": table, **stage})
 
 
+def staged(**zero):
+    return Plan.from_dict({"mesh": {"dp_shard": 2}, "zero": zero})
+
+
 def test_members_of_the_large_outermost_lists_are_units():
     module = Blocks()
     assert blocks_of(module) == list(module.blocks)
@@ -95,14 +99,27 @@ def test_alone_a_module_stays_as_it_is():
 @pytest.mark.parametrize(
     ("module", "of", "error", "message"),
     [
-        (Net(0), Plan.from_dict({"mesh": {"pp": 2}}), ConfigError, "mesh.pp = 2: is for models of"),
+        (Net(0), Plan.from_dict({"mesh": {"pp": 2}}), ConfigError, "mesh.pp = 2: is for models"),
+        (Net(0), staged(stage=1), ConfigError, "zero.stage = 1: is for models.*use 0 or 3"),
+        (Net(0), staged(stage=2), ConfigError, "zero.stage = 2: is for models.*use 0 or 3"),
+        (Net(0), staged(sharder="own"), ConfigError, 'zero.sharder = "own": is for models'),
         (Net(0), plan("float32", dp_shard=2), UsageError, "needs 2 rank"),
         (Net(0), plan("float64"), ConfigError, "precision.params.*parameters are float32"),
         (Net(0).bfloat16(), Plan(), ConfigError, "precision.compute"),
         (nn.Linear(2, 2, device="meta"), Plan(), UsageError, "no memory behind"),
         (nn.Identity(), Plan(), UsageError, "has parameters on none"),
     ],
-    ids=["pipeline", "ranks", "double", "bfloat16", "meta", "empty"],
+    ids=[
+        "pipeline",
+        "stage 1",
+        "stage 2",
+        "own stage 3",
+        "ranks",
+        "double",
+        "bfloat16",
+        "meta",
+        "empty",
+    ],
 )
 def test_refusals(module, of, error, message):
     with pytest.raises(error) as caught:

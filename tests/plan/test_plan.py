@@ -69,6 +69,18 @@ def test_the_zero_stage_follows_dp_shard_unless_said(stage, dp_shard, in_force):
 
 
 @pytest.mark.parametrize(
+    ("sharder", "pp", "technique"),
+    [("auto", 1, "3"), ("auto", 2, "3-own"), ("torch", 1, "3"), ("own", 1, "3-own")],
+)
+def test_the_sharder_of_stage_3_follows_pp_unless_said(sharder, pp, technique):
+    mesh = MeshConfig(dp_shard=2, pp=pp)
+    assert Plan(mesh=mesh, zero=ZeroConfig(sharder=sharder)).zero_technique == technique
+    for stage in (0, 1, 2):
+        zero = ZeroConfig(stage=stage, sharder=sharder)
+        assert Plan(mesh=mesh, zero=zero).zero_technique == str(stage)
+
+
+@pytest.mark.parametrize(
     ("assignment", "hint"),
     [
         ("mesh.dp_shards=2", "did you mean dp_shard?"),

@@ -102,8 +102,9 @@ def test_what_is_built_is_not_refused(path):
 
 
 def test_the_hint_of_what_is_not_built_says_what_is():
-    assert check(plan_with(("mesh.tp", 2)))[0].hint == "use 1"
-    assert check(plan_with(("zero.stage", 2)))[0].hint == "use 0, 3"
+    assert check(plan_with(("mesh.ep", 2)))[0].hint == "use 1"
+    hint = check(plan_with(("precision.params", "bfloat16")))[0].hint
+    assert hint == 'use "float32", "float64"'
     assert check(plan_with(("pipeline.stage_cuts", [1])))[0].hint == "leave it out"
     (problem,) = check(plan_with(("checkpoint.levels", ["memory", "disk"])))
     assert (problem.value, problem.hint) == ('["memory", "disk"]', 'use ["disk"]')
@@ -250,6 +251,31 @@ def test_sharing_state_needs_ranks_to_share_it():
     assert check(plan_with(("zero.stage", 0))) == []
     assert check(plan_with(("zero.stage", 3), ("mesh.dp_shard", 2))) == []
     assert check(plan_with(("zero.stage", 0), ("mesh.dp_shard", 2))) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_that_shares_needs_ranks(stage):
+    (problem,) = check(plan_with(("zero.stage", stage)))
+    assert (problem.path, problem.value) == ("zero.stage", str(stage))
+    assert check(plan_with(("zero.stage", stage), ("mesh.dp_shard", 2))) == []
+
+
+@pytest.mark.parametrize("sharder", ["torch", "own"])
+def test_a_sharder_is_for_stage_3_alone(sharder):
+    shared = [("mesh.dp_shard", 2), ("zero.sharder", sharder)]
+    assert check(plan_with(*shared)) == check(plan_with(*shared, ("zero.stage", 3))) == []
+    for stage in (0, 1, 2):
+        (problem,) = check(plan_with(*shared, ("zero.stage", stage)))
+        assert problem.path == "zero.sharder"
+        assert problem.rule == f"is for stage 3, and the stage in force is {stage}"
+
+
+def test_torch_s_sharder_does_not_go_with_a_pipeline():
+    known = rules.Known(
+        plan_with(("mesh.pp", 2), ("mesh.dp_shard", 2), ("zero.sharder", "torch")), None, None
+    )
+    (problem,) = rules._sharder_fits(known)
+    assert (problem.path, problem.hint) == ("zero.sharder", 'use "own"')
 
 
 @pytest.mark.parametrize("key", ["params", "compute", "reduce"])

@@ -159,15 +159,16 @@ def test_split_backward_passes_need_weights_that_stay_and_blocks_that_are_not_co
     is_split = schedule in ("zero-bubble", "zero-bubble-v", "v-half")
     whole = "gpipe, one-f-one-b, interleaved"
     sizes = {"mesh__dp_shard": 2, "pipeline__num_microbatches": 6}
-    for others, setting in (
-        ({"zero__stage": 3}, "zero.stage = 0"),
-        ({}, "zero.stage = 0"),
-        ({"zero__stage": 0, "train__compile": "on"}, 'train.compile = "off"'),
+    for num_ranks, others, setting in (
+        (1, {"zero__stage": 3}, 'zero.sharder = "own"'),
+        (1, {}, 'zero.sharder = "own"'),
+        (2, {"zero__stage": 0, "train__compile": "on"}, 'train.compile = "off"'),
     ):
-        found = problems(plan(2, schedule, **sizes, **others))
+        found = problems(plan(num_ranks, schedule, **sizes, **others))
         assert len(found) == is_split
         for path, rule, hint in found:
             assert path == "pipeline.schedule"
-            assert rule.startswith("splits backward passes, which ")
+            assert rule.startswith("splits backward passes, ")
             assert hint == f"set {setting}, or use {whole}"
-    assert problems(plan(2, schedule, **sizes, zero__stage=0)) == []
+    for zero in ({}, {"zero__stage": 0}, {"zero__stage": 2}, {"zero__sharder": "own"}):
+        assert problems(plan(2, schedule, **sizes, **zero)) == []

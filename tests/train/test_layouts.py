@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from paceline.core.record import read_records
 from paceline.dist.testing import run_ranks
@@ -27,6 +26,7 @@ from paceline.plan.plan import (
 )
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.trainer import Trainer
+from wholes import whole_weights
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -37,6 +37,9 @@ LAYOUTS = {
     "dp_shard 2": (MeshConfig(dp_shard=2), ZeroConfig()),
     "dp_shard 3": (MeshConfig(dp_shard=3), ZeroConfig()),
     "dp_shard 2, stage 0": (MeshConfig(dp_shard=2), ZeroConfig(stage=0)),
+    "dp_shard 2, stage 1": (MeshConfig(dp_shard=2), ZeroConfig(stage=1)),
+    "dp_shard 2, stage 2": (MeshConfig(dp_shard=2), ZeroConfig(stage=2)),
+    "dp_shard 2, own stage 3": (MeshConfig(dp_shard=2), ZeroConfig(sharder="own")),
     "dp_replicate 2": (MeshConfig(dp_replicate=2), ZeroConfig()),
     "dp_replicate 2 x dp_shard 2": (MeshConfig(dp_replicate=2, dp_shard=2), ZeroConfig()),
 }
@@ -91,10 +94,7 @@ def train(plan: Plan, documents: Path, folder: Path) -> dict[str, Any]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy().copy()
-        for name, p in trainer.state.model.module.named_parameters()
-    }
+    return whole_weights(trainer.state.model.parts, trainer.world)
 
 
 @pytest.fixture(scope="module")

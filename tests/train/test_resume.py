@@ -22,6 +22,7 @@ from paceline.plan.plan import (
     Plan,
     ScheduleConfig,
     TrainConfig,
+    ZeroConfig,
 )
 from paceline.train.objective.next_token import next_token
 from paceline.train.run import RunConfig, RunFolder
@@ -31,10 +32,13 @@ pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
 NUM_STEPS, SAVED_AT, BROKEN_AT = 8, 4, 6
 CASES = {
-    "one rank, adamw": (MeshConfig(), "adamw"),
-    "one rank, sgd": (MeshConfig(), "sgd"),
-    "dp_shard 2, adamw": (MeshConfig(dp_shard=2), "adamw"),
-    "dp_replicate 2, sgd": (MeshConfig(dp_replicate=2), "sgd"),
+    "one rank, adamw": (MeshConfig(), ZeroConfig(), "adamw"),
+    "one rank, sgd": (MeshConfig(), ZeroConfig(), "sgd"),
+    "dp_shard 2, adamw": (MeshConfig(dp_shard=2), ZeroConfig(), "adamw"),
+    "dp_shard 2, stage 1, sgd": (MeshConfig(dp_shard=2), ZeroConfig(stage=1), "sgd"),
+    "dp_shard 2, stage 2, adamw": (MeshConfig(dp_shard=2), ZeroConfig(stage=2), "adamw"),
+    "dp_shard 2, own stage 3": (MeshConfig(dp_shard=2), ZeroConfig(sharder="own"), "adamw"),
+    "dp_replicate 2, sgd": (MeshConfig(dp_replicate=2), ZeroConfig(), "sgd"),
 }
 
 
@@ -42,9 +46,10 @@ class PowerCutError(Exception):
     pass
 
 
-def plan_for(mesh: MeshConfig, optimizer: str) -> Plan:
+def plan_for(mesh: MeshConfig, zero: ZeroConfig, optimizer: str) -> Plan:
     return Plan(
         mesh=mesh,
+        zero=zero,
         train=TrainConfig(
             sequence_length=32,
             tokens_per_step=32 * 8,
@@ -74,8 +79,8 @@ def power_cut(at_call: int) -> Callable[..., torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_same_bits(documents, tmp_path, case):
-    mesh, optimizer = CASES[case]
-    plan = plan_for(mesh, optimizer)
+    mesh, zero, optimizer = CASES[case]
+    plan = plan_for(mesh, zero, optimizer)
     source = resolve("random:llama:tiny")
     pairs = [{"prompt": "on " * (n % 4), "completion": "off " * (n % 3)} for n in range(25)]
     completions = tmp_path / "completions.jsonl"
@@ -145,7 +150,7 @@ def losses(folder: Path, rank: int) -> list[tuple[int, float, float]]:
 
 
 def test_a_run_that_is_done_takes_no_more_steps(documents, tmp_path):
-    plan = plan_for(MeshConfig(), "adamw")
+    plan = plan_for(MeshConfig(), ZeroConfig(), "adamw")
     source = resolve("random:llama:tiny")
     config = RunConfig(model=source.name, data=str(documents), steps=SAVED_AT)
     world = World(plan.mesh, 0, torch.device("cpu"))

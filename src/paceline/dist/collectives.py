@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paceline.dist.compat import all_gather, reduce_scatter
 
 
 class Transfer(NamedTuple):
@@ -26,3 +32,42 @@ class Traffic:
     def total_bytes(self, purpose: str) -> int:
         """Bytes given to the collectives of one purpose."""
         return sum(t.size_bytes for t in self.transfers if t.purpose == purpose)
+
+
+class _Counted:
+    """A collective that torch's ``fully_shard`` calls in place of its own, to the same effect.
+
+    Args:
+        traffic: where it is written down.
+        axes: of the mesh, that its group is along.
+        purpose: of all its calls.
+    """
+
+    def __init__(self, traffic: Traffic, axes: tuple[str, ...], purpose: str) -> None:
+        self._traffic = traffic
+        self._axes = axes
+        self._purpose = purpose
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what it takes or gives."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+class CountedAllGather(_Counted):
+    """For ``FSDPModule.set_custom_all_gather``."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        self._traffic.add("all-gather", self._axes, output_tensor.nbytes, self._purpose)
+        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class CountedReduceScatter(_Counted):
+    """For ``FSDPModule.set_custom_reduce_scatter``."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Any:
+        self._traffic.add("reduce-scatter", self._axes, input_tensor.nbytes, self._purpose)
+        return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

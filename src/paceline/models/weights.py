@@ -96,6 +96,8 @@ def fill(
     Args:
         put: how a weight gets into its parameter, where parameters are split over ranks.
     """
-    model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        put(parameter, weights.read(name))
+    for prefix, module in model.named_modules():
+        # One module at a time: where `put` keeps a part alone, the whole model is never there.
+        module.to_empty(device=device, recurse=False)
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            put(parameter, weights.read(name))

@@ -5,7 +5,6 @@ peft -> freeze -> pp -> tp -> remat -> compile -> data -> memory and weights
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from paceline.core.errors import ConfigError, Problem
 from paceline.dist.world import World
-from paceline.kernels.deferred import DeferredGradients
 from paceline.kernels.device import choose_dtype
 from paceline.memory.remat import REMAT
 from paceline.memory.remat.base import Remat
 from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
-from paceline.models.linear import Linear
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
 from paceline.optim.parts import Part
@@ -30,10 +27,8 @@ from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
-from paceline.parallel.pipeline.partition import stage_layers
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
-from paceline.parallel.pipeline.runtime import Border
-from paceline.parallel.pipeline.stages import Cut, keep_stages, stage_models
+from paceline.parallel.pipeline.stages import border_of, cut_of, defer, keep_stages, stage_models
 from paceline.parallel.tensor.decoder import SplitDecoder, split
 from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
@@ -74,7 +69,7 @@ class ParallelModel:
         self.passes.finish_gradients(self.parts)
 
     def finish_update(self) -> None:
-        """Called after the optimizer has moved the parts."""
+        """Called after the optimizer has moved the parts, or a checkpoint has filled them."""
         self.data.finish_update(self.module)
 
     def finish_evaluation(self) -> None:
@@ -115,7 +110,7 @@ def apply(
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
-    data: DataParallel = STAGES.load(str(plan.zero_stage))(world, plan.precision)
+    data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
     data.wrap(model)
     fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
     passes = Passes(
@@ -123,39 +118,14 @@ def apply(
         stage_models(model, cut),
         schedule=SCHEDULES.load(plan.pipeline.schedule),
         stages_per_rank=plan.pipeline.stages_per_rank,
-        border=partial(_border, model, plan),
+        border=partial(border_of, model, plan),
         world=world,
         deferred=deferred,
-        on_ready=lambda _parameter: None,
-        finished=lambda: None,
+        run_stage=data.run_stage,
+        on_ready=data.on_ready,
+        finished=partial(data.finish_pass, model),
     )
     return ParallelModel(model, passes, data, data.hold(model, places), tensor, attached.added)
-
-
-def cut_of(plan: Plan, spec: ModelSpec, rank: int) -> Cut:
-    """The stages of a model, and those of a rank on the pipeline's axis."""
-    degree, per_rank = plan.mesh.pp, plan.pipeline.stages_per_rank
-    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
-    own = [schedule.stages_of(other, degree, per_rank) for other in range(degree)]
-    layers = stage_layers(
-        spec, degree * per_rank, plan.train.sequence_length, plan.pipeline.stage_cuts
-    )
-    ranks = {stage: other for other, stages in enumerate(own) for stage in stages}
-    return Cut(layers, own[rank], ranks, spec.tied_embeddings)
-
-
-def defer(model: Decoder, plan: Plan) -> DeferredGradients:
-    """What linear layers owe where backward passes are split.
-
-    In a pipeline several micro-batches are under way, and none of them may keep a cast weight.
-    """
-    deferred = DeferredGradients()
-    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
-    if plan.mesh.pp > 1 or schedule.splits_backward:
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.product = deferred.linear
-    return deferred
 
 
 def _split(
@@ -167,15 +137,6 @@ def _split(
         return None, {name: Place.of_whole(tuple(p.shape)) for name, p in named}
     tensor = split(model, spec, world, is_sequence_parallel=plan.tensor.sequence_parallel)
     return tensor, dict(tensor.places)
-
-
-def _border(model: Decoder, plan: Plan, tokens: tuple[int, ...]) -> Border:
-    """What goes from stage to stage: hidden states, or this rank's rows of them."""
-    assert model.compute_dtype is not None
-    width = model.spec.d_model
-    if plan.mesh.tp > 1 and plan.tensor.sequence_parallel:
-        return Border((1, -(-math.prod(tokens) // plan.mesh.tp), width), model.compute_dtype)
-    return Border((*tokens, width), model.compute_dtype)
 
 
 class _PartWeights:

@@ -76,7 +76,8 @@ def parallelize(
         parameters replaced in place.
 
     Raises:
-        ConfigError: the plan has problems, or its precision is not the module's.
+        ConfigError: the plan has problems, its precision is not the module's, or its ZeRO stage
+            is neither 0 nor torch's 3.
         UsageError: the number of ranks is not the plan's, the module has no memory, or tensor
             ranks cannot split it: the message names the layer and the operation.
     """

@@ -25,13 +25,11 @@ from paceline.plan.plan import PeftConfig, Plan
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.cp": (1,),
     "mesh.ep": (1,),
-    "zero.stage": (None, 0, 3),
     "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
     "precision.params": ("float32", "float64"),
-    "precision.reduce": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
     "checkpoint.levels": (("disk",),),
@@ -211,6 +209,17 @@ def _zero_needs_shards(known: Known) -> Iterator[Problem]:
         yield _problem(known, "zero.stage", rule, "set mesh.dp_shard, or zero.stage = 0")
 
 
+def _sharder_fits(known: Known) -> Iterator[Problem]:
+    """Stage 3 alone has sharders, and torch's wants each backward pass in one piece."""
+    sharder, path = known.plan.zero.sharder, "zero.sharder"
+    if sharder != "auto" and known.plan.zero_stage != 3:
+        rule = f"is for stage 3, and the stage in force is {known.plan.zero_stage}"
+        yield _problem(known, path, rule, "leave it out, or set zero.stage = 3")
+    elif sharder == "torch" and known.plan.mesh.pp > 1:
+        rule = "does not go with mesh.pp > 1, whose backward passes come in parts"
+        yield _problem(known, path, rule, 'use "own"')
+
+
 def _one_float64(known: Known) -> Iterator[Problem]:
     precision = known.plan.precision
     values = [getattr(precision, field.name) for field in fields(precision)]
@@ -340,9 +349,9 @@ def _split_backward(known: Known) -> Iterator[Problem]:
     plan, path = known.plan, "pipeline.schedule"
     if not _schedule(plan.pipeline.schedule).splits_backward:
         return
-    if plan.zero_stage == 3:
-        rule = "splits backward passes, which zero.stage = 3 cannot: it frees weights between them"
-        yield _problem(known, path, rule, f"set zero.stage = 0, or use {_whole_schedules()}")
+    if plan.zero_technique == "3":
+        rule = "splits backward passes, of which torch's ZeRO stage 3 wants each in one piece"
+        yield _problem(known, path, rule, f'set zero.sharder = "own", or use {_whole_schedules()}')
     if plan.train.compile == "on":
         rule = 'splits backward passes, which train.compile = "on" cannot'
         hint = f'set train.compile = "off", or use {_whole_schedules()}'
@@ -360,9 +369,11 @@ def _module_axes(known: Known) -> Iterator[Problem]:
         if getattr(known.plan.mesh, axis) > 1:
             rule = "is for models of this package: a module of one's own is not cut that way"
             yield _problem(known, f"mesh.{axis}", rule, "use mesh.tp, dp_shard, dp_replicate")
-    if known.plan.zero_stage not in (0, 3):
-        rule = "is for models of this package, whose optimizer it shares out"
-        yield _problem(known, "zero.stage", rule, "use 0, 3")
+    if known.plan.zero_technique not in ("0", "3"):
+        is_own = known.plan.zero_stage == 3
+        path, hint = ("zero.sharder", "leave it out") if is_own else ("zero.stage", "use 0 or 3")
+        rule = "is for models of this package: parallelize replicates, or shards by torch"
+        yield _problem(known, path, rule, hint)
 
 
 def _module_rows_are_whole(known: Known) -> Iterator[Problem]:
@@ -377,6 +388,7 @@ RULES: tuple[Rule, ...] = (
     _ranks,
     _whole_batches,
     _zero_needs_shards,
+    _sharder_fits,
     _one_float64,
     _context_fits,
     _tensor_fits,

@@ -22,9 +22,12 @@ class ZeroConfig(Config):
     Attributes:
         stage: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
             Absent: 3 where ``mesh.dp_shard > 1``, else 0 (`Plan.zero_stage`).
+        sharder: what splits parameters in stage 3: torch's ``fully_shard``, or our own, which
+            goes with pipelines. ``auto`` is torch's where ``mesh.pp = 1``, else our own.
     """
 
     stage: Literal[0, 1, 2, 3] | None = None
+    sharder: Literal["auto", "torch", "own"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,3 +290,11 @@ class Plan(Config):
         if self.zero.stage is not None:
             return self.zero.stage
         return 3 if self.mesh.dp_shard > 1 else 0
+
+    @property
+    def zero_technique(self) -> str:
+        """The ZeRO stage in force, as the table of its implementations names it."""
+        sharder = self.zero.sharder
+        if sharder == "auto":
+            sharder = "torch" if self.mesh.pp == 1 else "own"
+        return "3-own" if self.zero_stage == 3 and sharder == "own" else str(self.zero_stage)

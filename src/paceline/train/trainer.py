@@ -82,6 +82,7 @@ class Trainer:
         if self.state.model.added:
             require_same_model(self.config, self.source)
         manifest = store.load(checkpoint, self.state.parts(), self.world)
+        self.state.model.finish_update()
         self.state.step = manifest.step
 
     def run(self) -> StepRecord | None:

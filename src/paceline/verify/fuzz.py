@@ -159,12 +159,13 @@ def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
     rounds = dice.pick("rounds", range(1, _MAX_ROUNDS + 1))
     num_microbatches = rounds * (mesh.pp if traits.needs_rounds else 1)
     sequences = num_microbatches * dice.pick("sequences", range(1, _MAX_SEQUENCES + 1))
-    shares: Any = [0, 1, 2, 3] if mesh.dp_shard > 1 else [0]
+    stage: Any = dice.pick("zero", [0, 1, 2, 3]) if mesh.dp_shard > 1 else 0
+    sharder: Any = dice.pick("sharder", ["auto", "own"]) if stage == 3 else "auto"
     is_alone = mesh.pp == mesh.tp == 1
     method = dice.pick("peft", ["none", "none", *PEFT]) if is_alone else "none"
     plan = Plan(
         mesh=mesh,
-        zero=ZeroConfig(stage=dice.pick("zero", shares)),
+        zero=ZeroConfig(stage=stage, sharder=sharder),
         tensor=TensorConfig(
             sequence_parallel=mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
         ),

@@ -36,7 +36,8 @@ def name_of(plan: Plan) -> str:
     if plan.mesh.pp > 1:
         words.append(plan.pipeline.schedule)
     if plan.mesh.dp_shard > 1:
-        words.append(f"ZeRO {plan.zero_stage}")
+        is_own = plan.zero.sharder == "own"
+        words.append(f"ZeRO {plan.zero_stage}{', own sharder' if is_own else ''}")
     if plan.mesh.tp > 1 and not plan.tensor.sequence_parallel:
         words.append("no sequence parallel")
     if plan.memory.remat != "none":
@@ -47,6 +48,7 @@ def name_of(plan: Plan) -> str:
 def _plan(
     *,
     stage: int | None = None,
+    sharder: str = "auto",
     schedule: str | None = None,
     remat: str = "none",
     is_sequence_parallel: bool = True,
@@ -55,9 +57,10 @@ def _plan(
     config = MeshConfig(**mesh)
     traits: Any = SCHEDULES.load(schedule) if schedule else None
     values: dict[str, Any] = {"remat": remat, "stage": stage, "schedule": schedule or "one-f-one-b"}
+    values["sharder"] = sharder
     return Plan(
         mesh=config,
-        zero=ZeroConfig(stage=values["stage"]),
+        zero=ZeroConfig(stage=values["stage"], sharder=values["sharder"]),
         tensor=TensorConfig(sequence_parallel=is_sequence_parallel),
         pipeline=PipelineConfig(
             schedule=values["schedule"],
@@ -80,7 +83,9 @@ def _data() -> list[Plan]:
     replicas = [_plan(dp_replicate=2), _plan(dp_replicate=3)]
     shards = [_plan(dp_shard=n, stage=stage) for n in (2, 3, 4) for stage in _STAGES]
     hybrid = [_plan(dp_replicate=2, dp_shard=n, stage=stage) for n in (2, 3) for stage in _STAGES]
-    return replicas + shards + hybrid
+    own = [_plan(dp_shard=n, stage=3, sharder="own") for n in (2, 3, 4)]
+    own.append(_plan(dp_replicate=2, dp_shard=2, stage=3, sharder="own"))
+    return replicas + shards + hybrid + own
 
 
 def _pipeline() -> list[Plan]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from paceline.dist.world import World
+from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
 from paceline.optim.parts import Part
 from paceline.plan.layout import Place
@@ -32,6 +34,17 @@ class DataParallel(ABC):
         self.world = world
         self.precision = precision
 
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """In which gradients are summed over ranks."""
+        return choose_dtype(self.precision.reduce, self.world.device)
+
+    def on_ready(self, parameter: Tensor) -> None:  # noqa: B027
+        """Told of a gradient that something other than autograd has put into `parameter.grad`.
+
+        Autograd's are found without it. What waits for the end of the step has nothing to do.
+        """
+
     @abstractmethod
     def wrap(self, model: Decoder) -> None:
         """Changes a model of the meta device in place, before it has memory."""
@@ -49,13 +62,28 @@ class DataParallel(ABC):
             places: where this model's parameters lie in the whole one's.
         """
 
+    def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:  # noqa: ARG002
+        """Runs the forward pass of a stage that is not called as a model.
+
+        Args:
+            run: calls parts of the model; gives the stage's output.
+            is_first: whether it looks tokens up.
+        """
+        return run()
+
+    @abstractmethod
+    def finish_pass(self, model: Decoder) -> None:
+        """Called after every backward pass, or part of one, of one stage and micro-batch."""
+
     @abstractmethod
     def finish_gradients(self, model: Decoder) -> None:
         """Called after the last backward of a step; then gradients of parts are sums over ranks."""
 
     @abstractmethod
     def finish_update(self, model: Decoder) -> None:
-        """Called after the optimizer has moved the parts; then the model is ready for a pass."""
+        """Called after the optimizer has moved the parts, or a checkpoint has filled them; then
+        the model is ready for a pass.
+        """
 
     @abstractmethod
     def finish_evaluation(self, model: Decoder) -> None:

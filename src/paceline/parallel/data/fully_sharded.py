@@ -3,20 +3,25 @@
 Source: Rajbhandari et al., ZeRO, arXiv:1910.02054, Sec. 5.3; Zhao et al., PyTorch FSDP,
     arXiv:2304.11277. torch's ``fully_shard`` does the work, one unit a block.
 Replaces: replicated.  Needs: mesh.dp_shard > 1.  Forbids: split backward passes.
-Cost: state / dp_shard a rank; parameters gathered twice and gradients reduce-scattered once a
-    micro-batch; with dp_replicate > 1 the parts of gradients are all-reduced between replicas.
+Cost: memory a rank: state / dp_shard; besides it, while a pass runs, the whole parameters of two
+    blocks and of what is outside them. Every micro-batch all-gathers P x compute bytes of
+    parameters before forward passes and those of blocks again before backward passes, and
+    reduce-scatters P_g x reduce bytes of gradients; with dp_replicate > 1 it all-reduces
+    P_g / dp_shard x reduce bytes too. P: parameters, P_g: trained ones, each tensor's rows padded
+    to a multiple of dp_shard.
 Differs: gradients are summed, not averaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from paceline.dist.collectives import CountedAllGather, CountedReduceScatter
 from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
 from paceline.optim.parts import Part
@@ -34,7 +39,7 @@ class FullySharded(DataParallel):
         axes = ("dp_replicate", "dp_shard") if is_hybrid else ("dp_shard",)
         policy = MixedPrecisionPolicy(
             param_dtype=choose_dtype(self.precision.compute, self.world.device),
-            reduce_dtype=choose_dtype(self.precision.reduce, self.world.device),
+            reduce_dtype=self.reduce_dtype,
             cast_forward_inputs=False,
         )
         mesh = self.world.device_mesh(*axes)
@@ -43,6 +48,21 @@ class FullySharded(DataParallel):
             wrapped = cast("FSDPModule", unit)
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
+            self._count(wrapped)
+
+    def _count(self, unit: FSDPModule) -> None:
+        """Has a unit's collectives written down with those of the world."""
+        traffic, axes = self.world.traffic, ("dp_shard",)
+        gather = CountedAllGather(traffic, axes, "parameters")
+        reduce = CountedReduceScatter(traffic, axes, "gradients")
+        unit.set_custom_all_gather(cast("Any", gather))
+        unit.set_custom_reduce_scatter(cast("Any", reduce))
+        if self.world.mesh.dp_replicate > 1:
+            unit.set_all_reduce_hook(
+                lambda total: traffic.add(
+                    "all-reduce", ("dp_replicate",), total.nbytes, "gradients"
+                )
+            )
 
     def put(self, parameter: nn.Parameter, value: Tensor) -> None:
         assert isinstance(parameter, DTensor)
@@ -60,6 +80,9 @@ class FullySharded(DataParallel):
             return place.rows(padded_share(place.box.sizes[0], degree, index))
 
         return {name: Part(p, rows(places[name])) for name, p in model.named_parameters()}
+
+    def finish_pass(self, model: Decoder) -> None:
+        pass  # gradients are reduced as they become ready
 
     def finish_gradients(self, model: Decoder) -> None:
         pass  # reduced during each backward pass

@@ -2,7 +2,8 @@
 
 Source: Li et al., PyTorch Distributed, arXiv:2006.15704, Sec. 3.2 (gradients in buckets).
 Replaces: nothing, it is the default (ZeRO stage 0).  Needs: nothing.  Forbids: nothing.
-Cost: one all-reduce of the gradients a step; no memory saved.
+Cost: an all-reduce of the gradients, P x reduce bytes, a step for P trained parameters; no memory
+    saved.
 Differs: buckets are reduced after the last backward pass, without overlap.
 """
 
@@ -34,6 +35,9 @@ class Replicated(DataParallel):
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
         return {name: Part(p, places[name]) for name, p in model.named_parameters()}
 
+    def finish_pass(self, model: Decoder) -> None:
+        pass  # gradients are summed once a step
+
     @torch.no_grad()
     def finish_gradients(self, model: Decoder) -> None:
         if self.world.mesh.num_data_ranks == 1:
@@ -43,7 +47,8 @@ class Replicated(DataParallel):
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        sum_in_buckets(gradients, self.world, DATA_AXES, purpose="gradients")
+        dtype = self.reduce_dtype
+        sum_in_buckets(gradients, self.world, DATA_AXES, purpose="gradients", dtype=dtype)
 
     def finish_update(self, model: Decoder) -> None:
         pass  # every rank has moved everything

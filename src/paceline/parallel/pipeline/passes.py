@@ -41,6 +41,8 @@ class Passes:
         border: shape and dtype of what goes from stage to stage, for a shape of tokens.
         world: the ranks.
         deferred: what the linear layers owe.
+        run_stage: calls a function that runs the forward pass of one of several stages; also given
+            whether the stage looks tokens up.
         on_ready: is told of each parameter whose gradient a weight pass has completed.
         finished: is called after each backward and weight pass.
         clock: of the trace.
@@ -56,6 +58,7 @@ class Passes:
         border: Callable[[tuple[int, ...]], Border],
         world: World,
         deferred: DeferredGradients,
+        run_stage: Callable[[Callable[[], Tensor], bool], Tensor],
         on_ready: Callable[[Tensor], None],
         finished: Callable[[], None],
         clock: Clock | None = None,
@@ -65,6 +68,7 @@ class Passes:
         self._border_of = border
         self._world = world
         self._deferred = deferred
+        self._run_stage = run_stage
         self._on_ready, self._finished = on_ready, finished
         self._clock = clock or WallClock()
         self._peers = PointToPoint(world, "pp", (*PURPOSES, TIED))
@@ -128,7 +132,9 @@ class Passes:
         model, batch = self._models[stage], self._batches[microbatch]
         if isinstance(model, StageModel):
             model.given = x
-        y = self._objective(model, batch)
+            y = self._run_stage(lambda: self._objective(model, batch), stage == 0)
+        else:
+            y = self._objective(model, batch)
         if stage != self._cut.last:
             return y
         self._loss_sum += y.detach()

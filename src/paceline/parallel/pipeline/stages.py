@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
+from paceline.kernels.deferred import DeferredGradients
 from paceline.models.decoder import Absent, Decoder
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear
 from paceline.models.tied import TiedEmbedding
 from paceline.models.vocabulary import Head, logits
+from paceline.parallel.pipeline import SCHEDULES
+from paceline.parallel.pipeline.base import Schedule
+from paceline.parallel.pipeline.partition import stage_layers
+from paceline.parallel.pipeline.runtime import Border
+from paceline.plan.model_spec import ModelSpec
+from paceline.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +127,38 @@ def stage_models(model: Decoder, cut: Cut) -> dict[int, Decoder | StageModel]:
         stage: StageModel(model, cut.layers[stage], is_first=stage == 0, is_last=stage == cut.last)
         for stage in cut.own
     }
+
+
+def cut_of(plan: Plan, spec: ModelSpec, rank: int) -> Cut:
+    """The stages of a model, and those of a rank on the pipeline's axis."""
+    degree, per_rank = plan.mesh.pp, plan.pipeline.stages_per_rank
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    own = [schedule.stages_of(other, degree, per_rank) for other in range(degree)]
+    layers = stage_layers(
+        spec, degree * per_rank, plan.train.sequence_length, plan.pipeline.stage_cuts
+    )
+    ranks = {stage: other for other, stages in enumerate(own) for stage in stages}
+    return Cut(layers, own[rank], ranks, spec.tied_embeddings)
+
+
+def defer(model: Decoder, plan: Plan) -> DeferredGradients:
+    """What linear layers owe where backward passes are split.
+
+    In a pipeline several micro-batches are under way, and none of them may keep a cast weight.
+    """
+    deferred = DeferredGradients()
+    schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
+    if plan.mesh.pp > 1 or schedule.splits_backward:
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.product = deferred.linear
+    return deferred
+
+
+def border_of(model: Decoder, plan: Plan, tokens: tuple[int, ...]) -> Border:
+    """What goes from stage to stage: hidden states, or this rank's rows of them."""
+    assert model.compute_dtype is not None
+    width = model.spec.d_model
+    if plan.mesh.tp > 1 and plan.tensor.sequence_parallel:
+        return Border((1, -(-math.prod(tokens) // plan.mesh.tp), width), model.compute_dtype)
+    return Border((*tokens, width), model.compute_dtype)
