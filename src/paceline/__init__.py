@@ -15,6 +15,9 @@ _NAMES = {
     "load_plan": "paceline.api.load:load_plan",
     "LoadedModel": "paceline.api.load:LoadedModel",
     "parallelize": "paceline.parallel.module:parallelize",
+    "clip_gradients": "paceline.parallel.gradients:clip_gradients",
+    "whole_state": "paceline.parallel.whole:whole_state",
+    "tensor_rules_of": "paceline.parallel.spread:tensor_rules_of",
     "global_mean": "paceline.optim.scale:global_mean",
     "verify": "paceline.verify:",
     "Certificate": "paceline.verify.certify:Certificate",
@@ -66,7 +69,10 @@ if TYPE_CHECKING:
     from paceline.core.errors import RequestError as RequestError
     from paceline.core.errors import UsageError as UsageError
     from paceline.optim.scale import global_mean as global_mean
+    from paceline.parallel.gradients import clip_gradients as clip_gradients
     from paceline.parallel.module import parallelize as parallelize
+    from paceline.parallel.spread import tensor_rules_of as tensor_rules_of
+    from paceline.parallel.whole import whole_state as whole_state
     from paceline.plan.mesh import MeshConfig as MeshConfig
     from paceline.plan.model_spec import ModelSpec as ModelSpec
     from paceline.plan.plan import CheckpointConfig as CheckpointConfig

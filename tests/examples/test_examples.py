@@ -12,13 +12,14 @@ import pytest
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
 FOLDER = Path(__file__).parents[2] / "examples"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 RANDOM = "random:llama:tiny"
 COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "load_and_generate.py": ((), (RANDOM,), "likeliest next token"),
     "train_tiny.py": ((), (), "goes on with ' of riders'"),
     "resume.py": ((), (), "gave the same losses both times"),
     "parallel_hf_model.py": (TORCHRUN, (), "rank 1 holds"),
+    "split_hf_model.py": (TORCHRUN, (), "saved as one model, and read by one process"),
     "verify_plan.py": ((), (), "mesh.tp = 2: is not built"),
     "serve_and_ask.py": ((), (), "is served at http://127.0.0.1"),
 }

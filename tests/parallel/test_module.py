@@ -99,7 +99,7 @@ def test_alone_a_module_stays_as_it_is():
 @pytest.mark.parametrize(
     ("module", "of", "error", "message"),
     [
-        (Net(0), Plan.from_dict({"mesh": {"tp": 2}}), ConfigError, "mesh.tp = 2: is for models"),
+        (Net(0), Plan.from_dict({"mesh": {"pp": 2}}), ConfigError, "mesh.pp = 2: is for models"),
         (Net(0), staged(stage=1), ConfigError, "zero.stage = 1: is for models.*use 0 or 3"),
         (Net(0), staged(stage=2), ConfigError, "zero.stage = 2: is for models.*use 0 or 3"),
         (Net(0), staged(sharder="own"), ConfigError, 'zero.sharder = "own": is for models'),
@@ -110,7 +110,7 @@ def test_alone_a_module_stays_as_it_is():
         (nn.Identity(), Plan(), UsageError, "has parameters on none"),
     ],
     ids=[
-        "tensor",
+        "pipeline",
         "stage 1",
         "stage 2",
         "own stage 3",

@@ -216,7 +216,7 @@ def test_what_cannot_be_verified(module, message):
 
 
 def test_plans_are_checked():
-    with pytest.raises(ConfigError, match=r"mesh\.tp"):
+    with pytest.raises(ConfigError, match=r"tensor\.sequence_parallel = true"):
         pl.verify(Recurrent(), pl.Plan.from_dict({"mesh": {"tp": 2}}))
     with pytest.raises(UsageError, match="forward is for modules"):
         pl.verify("random:llama:tiny", forward=lambda module, *_: module)

@@ -137,6 +137,14 @@ class World:
         torch.distributed.all_gather_object(found, value)
         return found
 
+    def group(self, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
+        """The ranks that differ from this one only on some axes, for torch's own parallelism.
+
+        Args:
+            axes: one, or both data axes.
+        """
+        return self._group(axes)
+
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         if self.mesh.num_ranks > 1:

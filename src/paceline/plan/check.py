@@ -140,6 +140,14 @@ def require(
         raise ConfigError(problems, source=source)
 
 
+def require_for_module(plan: Plan) -> None:
+    """Raises ConfigError if a user's own module cannot be laid as a plan says."""
+    known = Known(plan, None, None)
+    problems = check(plan) or [problem for rule in MODULE_RULES for problem in rule(known)]
+    if problems:
+        raise ConfigError(problems, source="the plan")
+
+
 def value_at(config: Config, path: str) -> Any:
     """The value at a dotted path."""
     value: Any = config
@@ -453,6 +461,25 @@ def _whole_schedules() -> str:
     return ", ".join(name for name in table if not _schedule(name).splits_backward)
 
 
+def _module_axes(known: Known) -> Iterator[Problem]:
+    for axis in ("pp", "cp", "ep"):
+        if getattr(known.plan.mesh, axis) > 1:
+            rule = "is for models of this package: a module of one's own is not cut that way"
+            yield _problem(known, f"mesh.{axis}", rule, "use mesh.tp, dp_shard, dp_replicate")
+    if known.plan.zero_technique not in ("0", "3"):
+        is_own = known.plan.zero_stage == 3
+        path, hint = ("zero.sharder", "leave it out") if is_own else ("zero.stage", "use 0 or 3")
+        rule = "is for models of this package: parallelize replicates, or shards by torch"
+        yield _problem(known, path, rule, hint)
+
+
+def _module_rows_are_whole(known: Known) -> Iterator[Problem]:
+    if known.plan.mesh.tp > 1 and known.plan.tensor.sequence_parallel:
+        path = "tensor.sequence_parallel"
+        rule = "splits the residual stream, which a module of one's own keeps to itself"
+        yield _problem(known, path, rule, "set it to false")
+
+
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
@@ -482,3 +509,5 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
+MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole)
+"""Rules for `paceline.parallelize` alone, whose module is not ours."""

@@ -8,7 +8,6 @@ frozen; tied weights are in play where the module has them. Dropout is off.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,9 @@ from paceline.core.errors import UsageError
 from paceline.data.batch import IGNORED
 from paceline.dist.testing import run_ranks
 from paceline.optim.scale import global_mean
-from paceline.parallel.module import parallelize, require_for_module
+from paceline.parallel.module import call_with_tokens, parallelize, vocabulary_size
+from paceline.parallel.spread import Spread, spread_of
+from paceline.plan.check import require_for_module
 from paceline.plan.plan import Plan, PrecisionConfig
 from paceline.verify.certify import BOUND, Certificate
 from paceline.verify.compare import (
@@ -33,8 +34,9 @@ from paceline.verify.compare import (
     relative_error,
     uncovered,
     weight_errors,
-    whole_pieces,
 )
+from paceline.verify.double import InDouble
+from paceline.verify.pieces import Boxes, boxes_of, pieces_of
 
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``forward(module, tokens_BT, is_text_BT) -> logits_BTV``."""
@@ -109,7 +111,7 @@ def certify_module(module: nn.Module, plan: Plan, *, forward: Forward | None = N
     require_for_module(plan)
     call = forward or _call
     length = max(2, min(plan.train.sequence_length, _MAX_LENGTH))
-    steps = _batches(plan, _vocab_size(module), length)
+    steps = _batches(plan, vocabulary_size(module), length)
     errors: list[_Error] = []
     for case in CASES:
         errors += _certify_case(case, _double(module), plan, steps, call)
@@ -128,19 +130,32 @@ def _certify_case(
     optimizer = make_optimizer(_trained(alone))
     expected = list(_train(alone, alone, everything, optimizer, _mean, call))
 
-    def run(rank: int) -> list[_Error]:
+    def sample(module: nn.Module, tokens_BT: Tensor) -> Tensor:
+        is_text_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        is_text_BT[-1, -2:] = False
+        return call(module, tokens_BT, is_text_BT)
+
+    def run(rank: int) -> tuple[list[_Error], Boxes]:
         # Forked ranks see what one process found: only errors travel back.
-        whole = parallelize(module, plan)
-        mine = [ranks[rank] for ranks in steps]
+        whole = parallelize(module, plan, call=sample)
+        mine = [ranks[plan.mesh.data_index(rank)] for ranks in steps]
         optimizer = make_optimizer(_trained(module))
-        found = _train(whole, module, mine, optimizer, global_mean, call)
-        pairs = zip(found, expected, strict=True)
-        where = f"{case}, step {{}}, rank {rank}"
-        return [e for n, pair in enumerate(pairs, 1) for e in _compare(*pair, where.format(n))]
+        found = list(_train(whole, module, mine, optimizer, global_mean, call))
+        errors: list[_Error] = []
+        for number, (step, other) in enumerate(zip(found, expected, strict=True), 1):
+            where = f"{case}, step {number}, rank {rank}"
+            errors += _compare(step, other, spread_of(module), where)
+        return errors, boxes_of(found[-1].gradients, spread_of(module))
 
     num_ranks = plan.mesh.num_ranks
     found = [run(0)] if num_ranks == 1 else run_ranks(run, num_ranks, timeout_s=600, mesh=plan.mesh)
-    return [error for errors in found for error in errors]
+    boxes: Boxes = {}
+    for _, of_rank in found:
+        for name, its in of_rank.items():
+            boxes.setdefault(name, []).extend(its)
+    errors = [error for errors, _ in found for error in errors]
+    missing = uncovered(boxes, expected[-1].gradients)
+    return errors + [_error(float("inf"), "gradient", n, f"{case}, no rank") for n in missing]
 
 
 def _train(
@@ -186,7 +201,8 @@ def _loss_sum(logits_BTV: Tensor, batch: _Batch) -> Tensor:
 
 def _logits(module: nn.Module, batch: _Batch, call: Forward) -> Tensor:
     try:
-        logits_BTV = call(module, batch.tokens_BT, batch.is_text_BT)
+        with InDouble():
+            logits_BTV = call(module, batch.tokens_BT, batch.is_text_BT)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         message = f"cannot call {type(module).__name__} in float64: {error}"
         raise UsageError(message, hint=_HINT) from error
@@ -199,23 +215,18 @@ def _logits(module: nn.Module, batch: _Batch, call: Forward) -> Tensor:
 
 
 def _call(module: nn.Module, tokens_BT: Tensor, is_text_BT: Tensor) -> Tensor:
-    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-    parameters = inspect.signature(inner.forward).parameters
-    if "input_ids" not in parameters:
-        return module(tokens_BT)
-    mask = {"attention_mask": is_text_BT.long()} if "attention_mask" in parameters else {}
-    return module(input_ids=tokens_BT, **mask).logits
+    output = call_with_tokens(module, tokens_BT, attention_mask=is_text_BT.long())
+    return getattr(output, "logits", output)
 
 
-def _compare(found: _Step, expected: _Step, where: str) -> Iterator[_Error]:
-    gradients, weights = whole_pieces(found.gradients), whole_pieces(found.weights)
-    boxes = {name: [box] for name, (_, box) in gradients.items()}
-    for name in uncovered(boxes, expected.gradients):
-        yield _error(float("inf"), "gradient", name, where)
-    for name, error in gradient_errors(gradients, expected.gradients).items():
-        yield _error(error, "gradient", name, where)
-    for name, error in weight_errors(weights, expected.weights).items():
-        yield _error(error, "weight", name, where)
+def _compare(found: _Step, expected: _Step, spread: Spread | None, where: str) -> Iterator[_Error]:
+    """What a rank has against the same parts of the whole."""
+    for pieces in pieces_of(found.gradients, spread):
+        for name, error in gradient_errors(pieces, expected.gradients).items():
+            yield _error(error, "gradient", name, where)
+    for pieces in pieces_of(found.weights, spread):
+        for name, error in weight_errors(pieces, expected.weights).items():
+            yield _error(error, "weight", name, where)
     yield _error(relative_error(found.loss, expected.loss), "loss", "loss", where)
 
 
@@ -259,18 +270,9 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _vocab_size(module: nn.Module) -> int:
-    """Rows of the first embedding, which is that of tokens."""
-    for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            return part.num_embeddings
-    message = f"{type(module).__name__} has no nn.Embedding: verify feeds it token ids"
-    raise UsageError(message, hint="wrap it in a module that takes tokens")
-
-
 def _batches(plan: Plan, vocab_size: int, length: int) -> list[list[list[_Batch]]]:
-    """Random texts of random lengths, padded: steps, ranks, micro-batches."""
-    ranks = range(plan.mesh.num_ranks)
+    """Random texts of random lengths, padded: steps, data ranks, micro-batches."""
+    ranks = range(plan.mesh.num_data_ranks)
     microbatches = range(plan.pipeline.num_microbatches or _NUM_MICROBATCHES)
 
     def batch(step: int, rank: int, microbatch: int) -> _Batch:
