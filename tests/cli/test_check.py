@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from paceline.cli.main import main
+from paceline.cli.options import read_plan
+from paceline.core.errors import ConfigError
 
 pytestmark = pytest.mark.ranks
 
@@ -20,6 +22,8 @@ sequence_length = 100
 tokens_per_step = 250
 [optimizer]
 lr = -1.0
+[serve.mesh]
+tp = 2
 """
 GOOD = "[mesh]\ndp_shard = 2\n[train]\nsequence_length = 128\n"
 
@@ -55,21 +59,26 @@ def test_json_lists_every_problem(plan):
     problems = json.loads(done.stdout)["problems"]
     assert all(problem.keys() == {"path", "value", "rule", "hint"} for problem in problems)
     found = {(problem["path"], problem["value"]) for problem in problems}
-    assert found == {("mesh.tp", "2"), ("optimizer.lr", "-1.0")}
+    assert found == {
+        ("serve.mesh.tp", "2"),
+        ("optimizer.lr", "-1.0"),
+        ("train.tokens_per_step", "250"),
+    }
 
 
 def test_text_lists_every_problem_in_one_error(monkeypatch, capsys, plan):
     path = plan(BAD)
     code, out, err = inside(monkeypatch, capsys, path)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: 2 problems in {path}:\n")
+    assert err.startswith(f"error: 3 problems in {path}:\n")
     assert err.count("error:") == 1
-    assert "mesh.tp = 2: is not built in this version\n  hint: use 1" in err
+    assert "serve.mesh.tp = 2: is not built in this version\n  hint: use 1" in err
     assert "optimizer.lr = -1.0: must be positive" in err
+    assert "hint: use 200 or 300\n" in err
 
 
 def test_settings_are_part_of_the_plan(monkeypatch, capsys, plan):
-    settings = ("--set", "mesh.tp=1", "--set", "optimizer.lr=1")
+    settings = ("--set", "serve.mesh.tp=1", "--set", "optimizer.lr=1")
     code, out, _ = inside(monkeypatch, capsys, plan(BAD), *settings, "--json")
     (problem,) = json.loads(out)["problems"]
     assert (code, problem["path"]) == (2, "train.tokens_per_step")
@@ -96,6 +105,22 @@ def test_unknown_keys_are_problems_too(monkeypatch, capsys, plan, as_json):
     else:
         assert err.startswith(f"error: 2 problems in {path}:")
         assert "did you mean mesh?" in err
+
+
+def test_what_does_not_parse_hides_nothing_else(monkeypatch, capsys, plan):
+    text = '[mesh]\ntp = "two"\npp = 9\n[zero]\nstage = 3\n[train]\ntokens_per_step = 250\n'
+    path, model = plan(text), ("--model", "random:llama:tiny")
+    _, out, _ = inside(monkeypatch, capsys, path, *model, "--set", "train.seed=many", "--json")
+    assert [problem["path"] for problem in json.loads(out)["problems"]] == [
+        "mesh.tp",
+        "train.seed",
+        "train.tokens_per_step",
+        "zero.stage",
+        "mesh.pp",
+    ]
+    with pytest.raises(ConfigError) as caught:  # so with every other verb, but for the model's
+        read_plan(path, ["train.seed=many"])
+    assert str(caught.value).startswith(f"4 problems in {path} and --set:\n")
 
 
 @pytest.mark.parametrize(

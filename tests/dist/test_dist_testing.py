@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from paceline.core.errors import RankError
+from paceline.dist.p2p import PointToPoint
 from paceline.dist.testing import run_ranks
+from paceline.dist.world import World
+from paceline.plan.mesh import MeshConfig
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -94,6 +97,32 @@ def test_a_rank_that_is_killed_is_told_from_what_it_makes_fail():
 
     with pytest.raises(RankError, match="rank 1 died with exit code -9"):
         run_ranks(work, 2)
+
+
+@pytest.mark.parametrize("end", ["exception", "exit"])
+@pytest.mark.parametrize("axis", ["pp", "tp", "dp_shard"])
+def test_a_rank_is_named_with_its_place_on_the_mesh(axis, end):
+    """The others wait for it: on a pipeline for a tensor, else in a collective."""
+    mesh = MeshConfig(dp_replicate=2, **{axis: 2})
+
+    def work(rank: int) -> None:
+        world = World(mesh, rank, torch.device("cpu"))
+        peers = PointToPoint(world, "pp", ("activations",))
+        if rank == 3:
+            if end == "exit":
+                os._exit(7)
+            raise KeyError("the saddle")
+        if axis == "pp":
+            peers.receive((1,), torch.float32, 1 - world.coordinate("pp"), "activations").wait()
+        world.sum(torch.ones(3), (axis, "dp_replicate"), purpose="a test")
+
+    place = "pp=1 dp_replicate=1" if axis == "pp" else f"dp_replicate=1 {axis}=1"
+    how = "failed:\nTraceback" if end == "exception" else "died with exit code 7"
+    start_s = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(work, 4, mesh=mesh)
+    assert time.monotonic() - start_s < 10
+    assert str(caught.value).startswith(f"rank 3 ({place}) {how}")
 
 
 def test_late_ranks_are_named_and_ended(tmp_path, is_running):

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from paceline.core.errors import RankError
 from paceline.dist import launch
 
 pytestmark = pytest.mark.ranks
@@ -71,27 +70,3 @@ def test_an_interrupt_ends_a_rank_without_a_word():
     program += "follow_launcher(); os.kill(os.getpid(), signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
-
-
-TERM, KILL = -signal.SIGTERM, -signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    ("exit_codes", "expected"),
-    [
-        ({0: 2, 1: TERM}, 2),  # rank 0 failed and was heard; the agent ended the other
-        ({0: TERM, 1: 1}, 1),
-        ({0: 1, 1: 2}, 2),
-        ({0: TERM, 1: KILL}, "rank 1 was ended by SIGKILL"),
-        ({0: 1, 1: KILL}, "rank 1 was ended by SIGKILL"),  # rank 0 failed for want of rank 1
-        ({0: TERM, 1: TERM}, "rank 0 was ended by SIGTERM"),
-    ],
-)
-def test_a_run_ends_as_its_ranks_did(exit_codes, expected):
-    if isinstance(expected, int):
-        with pytest.raises(SystemExit) as ended:
-            launch._fail_like(exit_codes)
-        assert ended.value.code == expected
-    else:
-        with pytest.raises(RankError, match=expected):
-            launch._fail_like(exit_codes)

@@ -8,6 +8,7 @@ from paceline.models.families import FAMILIES, family
 from paceline.models.hub import read_model_spec, resolve
 
 PUBLISHED = {  # parameters, and those that a token meets
+    "llama:135m": (134_515_008, 134_515_008),
     "llama:1b": (1_235_814_400, 1_235_814_400),
     "llama:8b": (8_030_261_248, 8_030_261_248),
     "mistral:7b": (7_241_732_096, 7_241_732_096),

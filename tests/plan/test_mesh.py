@@ -83,3 +83,9 @@ def test_a_rank_outside_the_mesh_is_an_error(rank):
     mesh = MeshConfig(dp_shard=3, tp=2)
     with pytest.raises(ValueError, match=f"rank {rank} is not in a mesh of 6 ranks"):
         mesh.coordinate(rank)
+
+
+def test_a_rank_is_named_with_its_place_on_the_axes_that_have_several():
+    mesh = MeshConfig(pp=2, dp_shard=1, tp=3)
+    assert [mesh.name_rank(rank) for rank in (0, 5)] == ["rank 0 (pp=0 tp=0)", "rank 5 (pp=1 tp=2)"]
+    assert MeshConfig().name_rank(0) == "rank 0"

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from paceline.core.config import Config
-from paceline.core.errors import ConfigError
+from paceline.core.errors import ConfigError, Problem
 from paceline.models.peft import PEFT
 from paceline.plan import check as rules
 from paceline.plan.check import NAMED, NOT_BUILT, PEFT_KEYS, check, require, value_at
@@ -168,23 +168,39 @@ def test_names_come_from_their_familys_table(path):
         assert name in problem.hint
 
 
-def test_all_problems_of_single_keys_are_told_at_once():
+def test_all_problems_are_told_at_once():
     plan = plan_with(
         ("train.seed", -1),
         ("optimizer.lr", 0),
         ("optimizer.betas", [0.9]),
         ("optimizer.name", "none of ours"),
-        ("mesh.tp", 2),
         ("serve.mesh.pp", 2),
-        ("train.tokens_per_step", 1000),  # a rule between keys: told once the others are mended
+        ("train.tokens_per_step", 1000),
+        ("zero.stage", 3),
     )
     assert sorted(problem.path for problem in check(plan)) == [
-        "mesh.tp",
         "optimizer.betas",
         "optimizer.lr",
         "optimizer.name",
         "serve.mesh.pp",
         "train.seed",
+        "train.tokens_per_step",
+        "zero.stage",
+    ]
+
+
+def test_a_rule_between_keys_waits_for_the_keys_that_it_reads_and_for_no_others():
+    wrong = [("train.tokens_per_step", 1000), ("zero.stage", 3)]
+    found = summary(plan_with(*wrong, ("train.sequence_length", 0)))
+    shares = ("zero.stage", "shares state over dp_shard ranks, of which there is one")
+    assert found == [("train.sequence_length", "must be positive and finite"), shares]
+    unread = [Problem("zero.stage", '"all"', "must be an integer")]
+    found = check(plan_with(*wrong), unread=unread)
+    assert [problem.path for problem in found] == ["zero.stage", "train.tokens_per_step"]
+    unread = [Problem("train", "3", "must be a table")]  # all of its keys are wrong
+    assert [problem.path for problem in check(plan_with(*wrong), unread=unread)] == [
+        "train",
+        "zero.stage",
     ]
 
 
@@ -217,7 +233,12 @@ def test_the_ranks_must_be_those_of_the_mesh(num_ranks):
     assert (problem.path, problem.value) == ("mesh", "6")
     degrees = "pp 1 x dp_replicate 2 x dp_shard 3 x cp 1 x tp 1"
     assert problem.rule == f"{degrees} needs 6 rank(s), but there are {num_ranks}"
-    assert "start 6 rank(s)" in problem.hint
+    changes = {
+        1: "change [mesh]",
+        4: "set mesh.dp_shard = 2",
+        12: "set mesh.pp = 2 or mesh.dp_replicate = 4 or mesh.dp_shard = 6 or mesh.tp = 2",
+    }
+    assert problem.hint == f"start 6 rank(s), or {changes[num_ranks]}"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +262,19 @@ def test_microbatches_must_divide_the_sequences_of_a_rank():
         (problem,) = check(plan_with(*settings, ("pipeline.num_microbatches", count)))
         assert (problem.path, problem.value) == ("pipeline.num_microbatches", str(count))
         assert problem.rule == "must divide the 6 sequences of a rank's step"
-        assert problem.hint == {4: "use 3", 5: "use 3", 12: "use 6"}[count]
+        assert problem.hint == {4: "use 3 or 6", 5: "use 3 or 6", 12: "use 6"}[count]
+
+
+def test_microbatches_of_a_step_that_is_not_whole_must_divide_one_that_is_near():
+    """Between 5 and 6 sequences a rank."""
+    settings = [("mesh.dp_shard", 2), ("train.tokens_per_step", 11 * 512)]
+    for count in (1, 2, 3, 5, 6):
+        found = check(plan_with(*settings, ("pipeline.num_microbatches", count)))
+        assert [problem.path for problem in found] == ["train.tokens_per_step"]
+    found = check(plan_with(*settings, ("pipeline.num_microbatches", 4)))
+    assert [problem.path for problem in found][1:] == ["pipeline.num_microbatches"]
+    assert found[1].rule == "must divide the 5 or 6 sequences of a rank's step"
+    assert found[1].hint == "use 3 or 5"
 
 
 def test_sharing_state_needs_ranks_to_share_it():

@@ -15,6 +15,7 @@ from paceline.plan.plan import Plan
 
 SPEC = replace(PRESETS["tiny"], num_layers=6)
 BUILT = ("mesh.pp", "pipeline.schedule", "pipeline.stages_per_rank", "pipeline.stage_cuts")
+SPLIT = ("zero-bubble", "zero-bubble-v", "v-half")
 V = {"interleaved": 2, "zero-bubble-v": 2, "v-half": 2}
 
 
@@ -69,7 +70,7 @@ def test_stages_of_a_rank_are_those_of_the_schedule(schedule):
 @pytest.mark.parametrize("count", [0, -1])
 def test_there_is_at_least_one_stage_a_rank(count):
     found = problems(plan(2, pipeline__stages_per_rank=count))
-    assert found == [("pipeline.stages_per_rank", "must be positive and finite", "")]
+    assert found == [("pipeline.stages_per_rank", "must be positive and finite", "use 1 or more")]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,9 @@ def test_every_stage_has_a_layer(pp, schedule, hint):
 def test_more_stages_on_a_rank_than_layers():
     found = problems(plan(1, "interleaved", pipeline__stages_per_rank=7))
     rule = "makes 7 stages, but the model has 6 layer(s)"
-    assert found == [("mesh.pp", rule, "stages_per_rank is at most 6")]
+    assert found == [("mesh.pp", rule, "set pipeline.stages_per_rank = 6")]
+    (found,) = problems(plan(7, "interleaved", pipeline__stages_per_rank=7, sequences=14))[1:]
+    assert found[2] == "use 1, and at most 6 for pipeline.stages_per_rank"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +158,13 @@ def test_one_stage_has_no_cuts():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_split_backward_passes_need_weights_that_stay_and_blocks_that_are_not_compiled(schedule):
-    is_split = schedule in ("zero-bubble", "zero-bubble-v", "v-half")
+def test_split_backward_passes_need_weights_that_stay(schedule):
+    is_split = schedule in SPLIT
     whole = "gpipe, one-f-one-b, interleaved"
     sizes = {"mesh__dp_shard": 2, "pipeline__num_microbatches": 6}
     for num_ranks, others, setting in (
         (1, {"zero__stage": 3}, 'zero.sharder = "own"'),
         (1, {}, 'zero.sharder = "own"'),
-        (2, {"zero__stage": 0, "train__compile": "on"}, 'train.compile = "off"'),
     ):
         found = problems(plan(num_ranks, schedule, **sizes, **others))
         assert len(found) == is_split
@@ -172,3 +174,23 @@ def test_split_backward_passes_need_weights_that_stay_and_blocks_that_are_not_co
             assert hint == f"set {setting}, or use {whole}"
     for zero in ({}, {"zero__stage": 0}, {"zero__stage": 2}, {"zero__sharder": "own"}):
         assert problems(plan(2, schedule, **sizes, **zero)) == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("pp", "tp"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("key", ["train__compile", "peft__method"])
+def test_what_is_proved_on_whole_blocks_alone_is_refused_where_they_are_split(
+    schedule, pp, tp, key
+):
+    value, out = {
+        "train__compile": ("on", 'use "auto" or "off"'),
+        "peft__method": ("lora", 'or peft.method = "none"'),
+    }[key]
+    ways = ["mesh.pp > 1"] * (pp > 1) + ["mesh.tp > 1"] * (tp > 1)
+    ways += [f"{schedule}, which splits backward passes"] * (schedule in SPLIT)
+    sizes = {"mesh__tp": tp, "pipeline__num_microbatches": 6}
+    found = problems(plan(pp, schedule, **sizes, **{key: value}))
+    path = key.replace("__", ".")
+    assert [p[:2] for p in found] == [(path, f"has not been proved with {way}") for way in ways]
+    assert all(hint.endswith(out) for _, _, hint in found)
+    assert problems(plan(pp, schedule, **sizes)) == []

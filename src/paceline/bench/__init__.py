@@ -4,6 +4,11 @@ from paceline.core.registry import NameTable
 
 BENCHMARKS = NameTable(
     "benchmark",
-    {"generate": "paceline.bench.generate:run", "train": "paceline.bench.train:run"},
+    {
+        "generate": "paceline.bench.generate:run",
+        "train": "paceline.bench.train:run",
+        "axes": "paceline.bench.axes:run",
+    },
 )
-"""Name to ``run(against, model, dtype) -> Outcome``."""
+"""Name to ``run(...)``, which gives an `Outcome`, or several by name, and whose keywords are the
+options that it reads; each has a default."""

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli.options import Json, print_json
+from paceline.core.errors import UsageError, name_hint
+
+if TYPE_CHECKING:
+    from paceline.bench.outcome import Outcome
 
 
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark, for example generate.")],
-    against: Annotated[str, typer.Option(help="The peer.")] = "transformers",
-    model: Annotated[str, typer.Option(help="A MODEL.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    against: Annotated[str | None, typer.Option(help="The peer; each has its own.")] = None,
+    model: Annotated[str | None, typer.Option(help="A MODEL; smollm2-135m or its sizes.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model; axes.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Measure both sides in one run, in turns, and print the ratio with its spread."""
     from paceline.bench import BENCHMARKS
 
-    outcome = BENCHMARKS.load(name)(against=against, model=model, dtype=dtype)
+    run = BENCHMARKS.load(name)
+    options = {"against": against, "model": model, "dtype": dtype, "layers": layers}
+    given = {key: value for key, value in options.items() if value is not None}
+    _require_read(name, given, list(inspect.signature(run).parameters))
+    found: Outcome | dict[str, Outcome] = run(**given)
     if as_json:
-        print_json(asdict(outcome))
+        several = isinstance(found, dict)
+        print_json({k: asdict(v) for k, v in found.items()} if several else asdict(found))
         return
+    for outcome in found.values() if isinstance(found, dict) else [found]:
+        typer.echo(_text(outcome))
+
+
+def _require_read(name: str, given: dict[str, object], read: list[str]) -> None:
+    """Raises UsageError for an option that a benchmark does not read."""
+    for key in given:
+        if key not in read:
+            hint = name_hint(f"--{key}", [f"--{option}" for option in read])
+            raise UsageError(f"bench {name} does not read --{key}", hint=hint)
+
+
+def _text(outcome: Outcome) -> str:
     ratios = outcome.ratios
-    typer.echo(
-        f"{outcome.name}, {model}, {outcome.device}\n"
+    return (
+        f"{outcome.name}, {outcome.device}\n"
         f"  ours    {outcome.ours:.1f} {outcome.unit}\n"
         f"  peer    {outcome.peer:.1f} {outcome.unit}  ({outcome.against})\n"
         f"  ratio   {ratios.median:.2f}, from {ratios.lowest:.2f} to {ratios.highest:.2f} "

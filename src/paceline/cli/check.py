@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import Json, Settings, print_json, read_plan
+from paceline.cli.options import Json, Settings, parse_plan, print_json
 from paceline.core.errors import ConfigError
 
 
@@ -25,10 +25,8 @@ def check(
         from paceline.models.hub import read_model_spec
 
         spec = read_model_spec(model)
-    try:
-        problems = problems_of(read_plan(plan_file, settings), spec)
-    except ConfigError as error:
-        problems = list(error.problems)
+    plan, unread = parse_plan(plan_file, settings)
+    problems = problems_of(plan, spec, unread=unread)
     if as_json:
         print_json({"problems": [problem.to_dict() for problem in problems]})
         raise typer.Exit(2 if problems else 0)

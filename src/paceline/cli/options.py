@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.core.errors import UsageError
+from paceline.core.errors import ConfigError, Problem, UsageError
 
 if TYPE_CHECKING:
     from paceline.plan.plan import Plan
@@ -30,12 +30,27 @@ def read_plan(file: Path | None, settings: list[str] | None, base: Plan | None =
     """The plan of a file, or `base`, or the default, with the settings applied.
 
     Raises:
-        ConfigError: what does not parse, all of it.
+        ConfigError: what does not parse, and all else that is wrong with the plan.
     """
+    from paceline.plan.check import check
+
+    plan, unread = parse_plan(file, settings, base)
+    if unread:
+        source = " and ".join([*([str(file)] if file else []), *(["--set"] if settings else [])])
+        raise ConfigError(check(plan, unread=unread), source=source)
+    return plan
+
+
+def parse_plan(
+    file: Path | None, settings: list[str] | None, base: Plan | None = None
+) -> tuple[Plan, list[Problem]]:
+    """The plan as `read_plan` gives it, with defaults for what does not parse, and why not."""
+    from paceline.core.config import assign, read_toml
     from paceline.plan.plan import Plan
 
-    plan = Plan.from_toml(file) if file else base or Plan()
-    return plan.with_overrides(settings) if settings else plan
+    data = read_toml(file) if file else (base or Plan()).to_dict()
+    plan, unread = Plan.parse(assign(data, settings or [], str(file or "--set")))
+    return plan or Plan(), unread
 
 
 def require_dtype(dtype: str | None) -> None:

@@ -18,7 +18,7 @@ from paceline.cli.options import (
     read_plan,
     require_dtype,
 )
-from paceline.core.errors import UsageError
+from paceline.core.errors import RankError, UsageError
 
 if TYPE_CHECKING:
     from paceline.plan.plan import Plan
@@ -61,7 +61,7 @@ def train(
     from paceline.models.hub import resolve
     from paceline.plan.check import require
     from paceline.train.inputs import open_inputs, require_sources
-    from paceline.train.job import resumed_job, run_job
+    from paceline.train.job import resumed_job, run_job, way_out
 
     require_dtype(dtype)
     if resume is not None:
@@ -79,7 +79,11 @@ def train(
     if job.plan.mesh.num_ranks > 1 and not is_launched():
         # Here, for however long it takes: ranks would wait for each other no more than minutes.
         open_inputs(job.config, job.plan, source)
-        launch_ranks(job.plan.mesh.num_ranks, sys.argv[1:])
+        try:
+            launch_ranks(job.plan.mesh, sys.argv[1:])
+        except RankError as error:
+            error.hint = error.hint or way_out(job.folder)
+            raise
         return
     keep_freed_memory()  # this process is the run's alone
     record = run_job(job, source, device)

@@ -7,6 +7,7 @@ default; an unknown key is a problem whose hint lists near names.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tomllib
@@ -45,11 +46,19 @@ class Config:
         Raises:
             ConfigError: unknown keys and values of a wrong type, all of them.
         """
-        problems: list[Problem] = []
-        config = _parse_table(cls, data, "", problems)
-        if config is None:
+        config, problems = cls.parse(data)
+        if config is None or problems:
             raise ConfigError(problems, source=source)
         return config
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> tuple[Self | None, list[Problem]]:
+        """The config with defaults in place of what cannot be read, and why that cannot.
+
+        None in place of a config that lacks a required key.
+        """
+        problems: list[Problem] = []
+        return _parse_table(cls, data, "", problems), problems
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
@@ -70,11 +79,23 @@ class Config:
 
     def with_overrides(self, assignments: Sequence[str], *, source: str = "--set") -> Self:
         """A copy with ``a.b=value`` assignments applied; values are TOML, or else bare text."""
-        data = self.to_dict()
-        for assignment in assignments:
-            keys, value = _parse_assignment(assignment)
-            _table_at(data, keys[:-1], source)[keys[-1]] = value
-        return type(self).from_dict(data, source=source)
+        return type(self).from_dict(assign(self.to_dict(), assignments, source), source=source)
+
+
+def assign(
+    data: Mapping[str, Any], assignments: Sequence[str], source: str = "--set"
+) -> dict[str, Any]:
+    """Plain data of a config with ``a.b=value`` assignments applied, as `Config.with_overrides`.
+
+    Raises:
+        UsageError: what is no assignment.
+        ConfigError: an assignment into what is no table.
+    """
+    changed = copy.deepcopy(dict(data))
+    for assignment in assignments:
+        keys, value = _parse_assignment(assignment)
+        _table_at(changed, keys[:-1], source)[keys[-1]] = value
+    return changed
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -121,28 +142,28 @@ def _plain(value: Any) -> Any:
 def _parse_table(
     cls: type[C], data: Mapping[str, Any], path: str, problems: list[Problem]
 ) -> C | None:
-    """The config, or None with the reasons appended to `problems`."""
+    """The config without what cannot be read, or None; the reasons are appended to `problems`."""
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
-    before = len(problems)
     values: dict[str, Any] = {}
     for key, value in data.items():
         where = f"{path}.{key}" if path else key
         if key in names:
-            values[key] = _parse_value(hints[key], value, where, problems)
+            before = len(problems)
+            parsed = _parse_value(hints[key], value, where, problems)
+            if len(problems) == before or isinstance(parsed, Config):
+                values[key] = parsed
         else:
             problems.append(Problem(where, _show(value), "unknown key", name_hint(key, names)))
-    missing = [
+    required = [
         field.name
         for field in dataclasses.fields(cls)
-        if field.name not in data
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
-    for name in missing:
+    for name in (name for name in required if name not in data):
         where = f"{path}.{name}" if path else name
         problems.append(Problem(where, "(absent)", "is required"))
-    return cls(**values) if len(problems) == before else None
+    return cls(**values) if all(name in values for name in required) else None
 
 
 def _parse_value(hint: Any, value: Any, path: str, problems: list[Problem]) -> Any:

@@ -25,6 +25,11 @@ def cache_folder() -> Path:
     return Path(base) / "paceline"
 
 
+def error_file() -> str | None:
+    """Where a launcher looks for what has ended this rank; None where none does."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
 def rank_environment() -> RankEnvironment | None:
     """The launcher's view of this process, or None where no launcher started it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -99,7 +99,17 @@ class DataError(PacelineError):
 
 
 class RankError(PacelineError):
-    """A rank of a parallel run failed, hung or disagreed with the others."""
+    """A rank of a parallel run failed, hung or disagreed with the others.
+
+    Args:
+        message: which rank, where it is on the mesh, and why.
+        hint: the way out.
+        exit_code: that of the rank, where its error has one.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
 
 
 class RequestError(PacelineError):

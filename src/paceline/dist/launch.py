@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from paceline.core.env import rank_environment
-from paceline.core.errors import RankError
+from paceline.plan.mesh import MeshConfig
 
 _POLL_S = 0.5
 _WATCH = "end-with-parent"
+_is_spoken_for = False
 # A launcher may be gone before its rank first looks for it: the rank is told whom to look for.
 _RANK = """
 from paceline.dist.launch import follow_launcher
@@ -25,14 +26,15 @@ main()
 """
 
 
-def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
-    """Runs ``paceline ARGUMENTS`` on `num_ranks` ranks and returns once all have succeeded.
+def launch_ranks(mesh: MeshConfig, arguments: Sequence[str]) -> None:
+    """Runs ``paceline ARGUMENTS`` on the ranks of a mesh and returns once all have succeeded.
 
-    On several machines `torchrun --nnodes` is started by hand; then this is not called.
+    On several machines `torchrun --nnodes` is started by hand; then this is not called. A rank that
+    has ended is noticed at once. One that hangs is noticed when those that wait for it in a
+    collective give up: after torch's 30 minutes over gloo, 10 over NCCL.
 
     Raises:
-        SystemExit: a rank failed and has said why; with its exit code.
-        RankError: a rank was killed.
+        RankError: the first rank to fail, where it is on the mesh, and why. All ranks are gone.
         KeyboardInterrupt: the run was interrupted; the ranks are gone.
     """
     # Here, because ranks use this module before they can afford to import torch.
@@ -40,6 +42,9 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from paceline.dist.failure import End, Failure, first_failure
+
+    num_ranks = mesh.num_ranks
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
@@ -57,7 +62,11 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
-        _fail_like({rank: failure.exitcode for rank, failure in error.failures.items()})
+        ends = {
+            rank: End(failure.exitcode, Failure.read(failure.error_file_data))
+            for rank, failure in error.failures.items()
+        }
+        raise first_failure(ends, mesh) from None  # the agent's own says no more
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
@@ -66,24 +75,24 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
         logging.disable(logging.NOTSET)
 
 
-def _fail_like(exit_codes: Mapping[int, int]) -> None:
-    """Ends as the ranks did, of which the agent has ended those that were left, by SIGTERM."""
-    killed = {rank: -code for rank, code in exit_codes.items() if code < 0}
-    others = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
-    if others or len(killed) == len(exit_codes):
-        rank, number = next(iter((others or killed).items()))
-        hint = "paceline train --resume goes on from the newest complete checkpoint"
-        raise RankError(f"rank {rank} was ended by {signal.Signals(number).name}", hint=hint)
-    sys.exit(max(exit_codes.values()))
-
-
 def is_launched() -> bool:
     """Whether a launcher has started this process as a rank."""
     return rank_environment() is not None
 
 
+def is_spoken_for() -> bool:
+    """Whether `launch_ranks` has started this process: it tells what ends a rank."""
+    return _is_spoken_for
+
+
 def follow_launcher(launcher: int | None = None) -> None:
-    """Ends this rank with its launcher, which speaks for it when the run is interrupted."""
+    """Ends this rank with its launcher, which speaks for it when the run is interrupted.
+
+    Args:
+        launcher: the process id of `launch_ranks`; absent: torchrun's agent, our parent.
+    """
+    global _is_spoken_for
+    _is_spoken_for = _is_spoken_for or launcher is not None
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not any(thread.name == _WATCH for thread in threading.enumerate()):
         end_with_parent(launcher)

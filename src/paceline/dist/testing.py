@@ -18,16 +18,27 @@ import torch.distributed
 
 from paceline.core.errors import RankError
 from paceline.dist.launch import end_with_parent
+from paceline.plan.mesh import MeshConfig
 
 _POLL_S = 0.01
 
 
 def run_ranks(
-    function: Callable[[int], Any], num_ranks: int, *, timeout_s: float = 120.0
+    function: Callable[[int], Any],
+    num_ranks: int,
+    *,
+    timeout_s: float = 120.0,
+    mesh: MeshConfig | None = None,
 ) -> list[Any]:
     """Runs ``function(rank)`` on forked gloo ranks and returns what each gave, in order of rank.
 
     What it gives must be plain data or numpy arrays. The process group is up when it is called.
+
+    Args:
+        function: of the rank.
+        num_ranks: how many.
+        timeout_s: for all of it.
+        mesh: of the ranks, so that errors say where a rank is on it.
 
     Raises:
         RankError: a rank failed or took too long; the others are ended, and the first to fail is
@@ -53,7 +64,8 @@ def run_ranks(
                 sender.close()
                 receivers.append(receiver)
                 processes.append(process)
-            return _collect(receivers, processes, timeout_s)
+            name_rank = mesh.name_rank if mesh else "rank {}".format
+            return _collect(receivers, processes, timeout_s, name_rank)
         finally:
             for process in processes:
                 process.kill()
@@ -86,7 +98,10 @@ class _Failure(NamedTuple):
 
 
 def _collect(
-    receivers: Sequence[Connection], processes: Sequence[BaseProcess], timeout_s: float
+    receivers: Sequence[Connection],
+    processes: Sequence[BaseProcess],
+    timeout_s: float,
+    name_rank: Callable[[int], str],
 ) -> list[Any]:
     results: dict[int, Any] = {}
     deadline_s = time.monotonic() + timeout_s
@@ -94,7 +109,7 @@ def _collect(
         failures = [r for r in results.values() if isinstance(r, _Failure)]
         for rank, receiver in enumerate(receivers):
             if rank not in results and receiver.poll():
-                results[rank] = _receive(rank, receiver, processes[rank])
+                results[rank] = _receive(name_rank(rank), receiver, processes[rank])
         if failures:  # looked once more since: a failure makes others fail
             break
         if time.monotonic() > deadline_s:
@@ -106,12 +121,12 @@ def _collect(
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _receive(rank: int, receiver: Connection, process: BaseProcess) -> Any:
+def _receive(name: str, receiver: Connection, process: BaseProcess) -> Any:
     """What a rank gave, or how it failed."""
     try:
         succeeded, result, time_s = receiver.recv()
     except EOFError:
         process.join()
         # A rank that dies leaves no time; its death comes before whatever it makes fail.
-        return _Failure(0.0, f"rank {rank} died with exit code {process.exitcode}")
-    return result if succeeded else _Failure(time_s, f"rank {rank} failed:\n{result}")
+        return _Failure(0.0, f"{name} died with exit code {process.exitcode}")
+    return result if succeeded else _Failure(time_s, f"{name} failed:\n{result}")

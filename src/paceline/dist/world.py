@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.core.env import rank_environment
-from paceline.core.errors import RankError, UsageError
+from paceline.core.errors import PacelineError, RankError, UsageError
 from paceline.dist.collectives import Traffic
 from paceline.dist.compat import all_gather, reduce_scatter
+from paceline.dist.failure import hand_over, is_peer_gone
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=10)
-# A user should read the first error and no other. A rank that fails leaves time to its launcher,
-# which ends it without a word once another rank has failed and said why.
+# A user should read the first error and no other. Where ranks speak for themselves, one that fails
+# leaves time to its launcher, which ends it without a word once another has failed and said why.
 _PATIENCE_S = 5.0
 
 
@@ -198,15 +199,20 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
     try:
         yield World(mesh, rank, device)
     except Exception as error:
-        is_peer_gone = _is_peer_gone(error)
-        if is_peer_gone or rank:  # of an error that all ranks see, the first rank tells
+        # The group is left as it is: taking it down could wait for ranks that are stuck.
+        name = mesh.name_rank(rank)
+        error.add_note(f"on {name}")
+        hand_over(error)
+        is_lost = is_peer_gone(error)
+        if is_lost or rank:  # of an error that all ranks see, the first rank tells
             time.sleep(_PATIENCE_S)
-        if is_peer_gone:
-            raise RankError(f"rank {rank} has lost another rank: {error}") from error
+        if is_lost:
+            raise RankError(f"{name} has lost another rank: {error}") from error
+        if isinstance(error, PacelineError):
+            error.message = f"{name}: {error.message}"
         raise
-    finally:
-        if not is_joined:
-            torch.distributed.destroy_process_group()
+    if not is_joined:
+        torch.distributed.destroy_process_group()
 
 
 def _place() -> tuple[int, int]:
@@ -215,11 +221,6 @@ def _place() -> tuple[int, int]:
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     environment = rank_environment()
     return (environment.rank, environment.world_size) if environment else (0, 1)
-
-
-def _is_peer_gone(error: Exception) -> bool:
-    """Whether a collective failed because of another rank; gloo says so in its message alone."""
-    return isinstance(error, torch.distributed.DistError) or "by peer" in str(error)
 
 
 def make_group(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:

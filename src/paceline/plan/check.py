@@ -1,8 +1,10 @@
 """The one place for rules between techniques: `check` returns every problem of a plan at once.
 
 A rule is a function from what is known (the plan, and the model and the number of ranks where
-there are any) to problems. What this version has not built is in `NOT_BUILT`; a plan that asks
-for it is refused.
+there are any) to problems, each with the way out: the nearest values that are legal. Basic rules
+are of one key; a rule between keys stands with those that it reads, and is left out where one of
+them is wrong by itself. What this version has not built is in `NOT_BUILT`; a plan that asks for it
+is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from paceline.core.errors import ConfigError, Problem, name_hint
 from paceline.plan.batch import batch_shape
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import PeftConfig, Plan
+from paceline.plan.plan import PeftConfig, Plan, PrecisionConfig
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.cp": (1,),
@@ -102,13 +104,32 @@ Rule = Callable[[Known], Iterator[Problem]]
 
 
 def check(
-    plan: Plan, spec: ModelSpec | None = None, *, num_ranks: int | None = None
+    plan: Plan,
+    spec: ModelSpec | None = None,
+    *,
+    num_ranks: int | None = None,
+    unread: Sequence[Problem] = (),
 ) -> list[Problem]:
-    """Every problem of a plan, for a model and a number of ranks where they are given."""
+    """Every problem of a plan, for a model and a number of ranks where they are given.
+
+    Args:
+        plan: to check.
+        spec: of the model.
+        num_ranks: that there are.
+        unread: what did not parse, for which the plan has defaults; told with the rest.
+    """
     known = Known(plan, spec, num_ranks)
-    problems = [problem for rule in BASIC_RULES for problem in rule(known)]
-    # Rules between keys assume that each key makes sense alone.
-    return problems or [problem for rule in RULES for problem in rule(known)]
+    problems = [*unread, *(problem for rule in BASIC_RULES for problem in rule(known))]
+    wrong = {problem.path for problem in problems}
+    sound = [
+        rule for rule, keys in RULES.items() if not any(_touches(keys, path) for path in wrong)
+    ]
+    return problems + [problem for rule in sound for problem in rule(known)]
+
+
+def _touches(keys: Sequence[str], path: str) -> bool:
+    """Whether one of the keys is at a path, or in the table there."""
+    return any(key == path or key.startswith(f"{path}.") for key in keys)
 
 
 def require(
@@ -134,20 +155,28 @@ def _problem(known: Known, path: str, rule: str, hint: str = "") -> Problem:
 def _signs(known: Known) -> Iterator[Problem]:
     for path in POSITIVE:
         if not 0 < value_at(known.plan, path) < math.inf:
-            yield _problem(known, path, "must be positive and finite")
+            yield _problem(known, path, "must be positive and finite", _usual(path, "1 or more"))
     for path in NOT_NEGATIVE:
         if not 0 <= value_at(known.plan, path) < math.inf:
-            yield _problem(known, path, "must be finite and not negative")
+            yield _problem(known, path, "must be finite and not negative", "use 0 or more")
     for path in ("pipeline.num_microbatches", "checkpoint.interval_steps"):
         value = value_at(known.plan, path)
         if isinstance(value, int) and value <= 0:
-            yield _problem(known, path, "must be positive")
+            yield _problem(known, path, "must be positive", "use 1 or more")
+
+
+def _usual(path: str, count: str) -> str:
+    """What to use for a quantity: a number that counts, or else its default."""
+    usual = value_at(Plan(), path)
+    return f"use {count}" if isinstance(usual, int) else f"use {usual}, the default"
 
 
 def _betas(known: Known) -> Iterator[Problem]:
-    betas = known.plan.optimizer.betas
+    path = "optimizer.betas"
+    betas = value_at(known.plan, path)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield _problem(known, "optimizer.betas", "must be two numbers from 0 to below 1")
+        hint = f"use {json.dumps(value_at(Plan(), path))}"
+        yield _problem(known, path, "must be two numbers from 0 to below 1", hint)
 
 
 def _not_built(known: Known) -> Iterator[Problem]:
@@ -171,34 +200,71 @@ def _names(known: Known) -> Iterator[Problem]:
 
 
 def _ranks(known: Known) -> Iterator[Problem]:
-    need = known.plan.mesh.num_ranks
-    if known.num_ranks is not None and known.num_ranks != need:
-        degrees = " x ".join(f"{axis} {getattr(known.plan.mesh, axis)}" for axis in AXES)
-        rule = f"{degrees} needs {need} rank(s), but there are {known.num_ranks}"
-        yield Problem("mesh", str(need), rule, f"start {need} rank(s), or change [mesh]")
+    mesh, there = known.plan.mesh, known.num_ranks
+    need = mesh.num_ranks
+    if there is None or there == need:
+        return
+    degrees = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
+    rule = f"{degrees} needs {need} rank(s), but there are {there}"
+    others = {axis: need // getattr(mesh, axis) for axis in AXES if f"mesh.{axis}" not in NOT_BUILT}
+    fits = {axis: there // rest for axis, rest in others.items() if there % rest == 0}
+    settings = [f"mesh.{axis} = {degree}" for axis, degree in fits.items()]
+    change = f"set {' or '.join(settings)}" if settings else "change [mesh]"
+    yield Problem("mesh", str(need), rule, f"start {need} rank(s), or {change}")
 
 
-def _whole_batches(known: Known) -> Iterator[Problem]:
-    train, num_data_ranks = known.plan.train, known.plan.mesh.num_data_ranks
-    unit = train.sequence_length * num_data_ranks
-    if train.tokens_per_step % unit:
-        lower = train.tokens_per_step // unit * unit
-        near = " or ".join(str(value) for value in (lower, lower + unit) if value)
+def _sequences(plan: Plan) -> list[int]:
+    """Sequences of a data rank's step: one number, or the two nearest where it is not whole."""
+    count = plan.train.tokens_per_step // _tokens_of_sequences(plan)
+    return [n for n in ([count, count + 1] if _tokens_left_over(plan) else [count]) if n]
+
+
+def _tokens_left_over(plan: Plan) -> int:
+    """Tokens of a step that make no whole sequences on all data ranks."""
+    return plan.train.tokens_per_step % _tokens_of_sequences(plan)
+
+
+def _tokens_of_sequences(plan: Plan) -> int:
+    """Tokens of one sequence on every data rank."""
+    return plan.train.sequence_length * plan.mesh.num_data_ranks
+
+
+def _whole_sequences(known: Known) -> Iterator[Problem]:
+    unit = _tokens_of_sequences(known.plan)
+    if _tokens_left_over(known.plan):
+        near = " or ".join(str(n * unit) for n in _sequences(known.plan))
         rule = f"must be a multiple of sequence_length x data ranks = {unit}"
         yield _problem(known, "train.tokens_per_step", rule, f"use {near}")
-        return
-    count = known.plan.pipeline.num_microbatches
-    sequences = train.tokens_per_step // unit
-    if count is not None and sequences % count:
-        rule = f"must divide the {sequences} sequences of a rank's step"
-        lower = next(n for n in range(min(count, sequences), 0, -1) if sequences % n == 0)
-        yield _problem(known, "pipeline.num_microbatches", rule, f"use {lower}")
+
+
+def _whole_microbatches(known: Known) -> Iterator[Problem]:
+    count, sequences = known.plan.pipeline.num_microbatches, _sequences(known.plan)
+    if count is not None and all(number % count for number in sequences):
+        numbers = " or ".join(map(str, sequences))
+        rule = f"must divide the {numbers} sequences of a rank's step"
+        near = _nearest(count, _microbatch_counts(known.plan) or _microbatch_counts(known.plan, 1))
+        yield _problem(known, "pipeline.num_microbatches", rule, f"use {near}")
+
+
+def _microbatch_counts(plan: Plan, unit: int | None = None) -> list[int]:
+    """Numbers of micro-batches that divide the sequences of a step.
+
+    Args:
+        plan: whose step it is.
+        unit: what they are to be a multiple of; by default the schedule's.
+    """
+    unit = unit or _schedule(plan.pipeline.schedule).microbatch_unit(plan.mesh.pp)
+    sequences = _sequences(plan)
+    candidates = range(unit, max(sequences) + 1, unit)
+    return [n for n in candidates if any(number % n == 0 for number in sequences)]
 
 
 def _zero_needs_shards(known: Known) -> Iterator[Problem]:
     if known.plan.zero.stage and known.plan.mesh.dp_shard == 1:
         rule = "shares state over dp_shard ranks, of which there is one"
-        yield _problem(known, "zero.stage", rule, "set mesh.dp_shard, or zero.stage = 0")
+        yield _problem(
+            known, "zero.stage", rule, "set mesh.dp_shard = 2 or more, or zero.stage = 0"
+        )
 
 
 def _sharder_fits(known: Known) -> Iterator[Problem]:
@@ -214,10 +280,13 @@ def _sharder_fits(known: Known) -> Iterator[Problem]:
 
 def _one_float64(known: Known) -> Iterator[Problem]:
     precision = known.plan.precision
-    values = [getattr(precision, field.name) for field in fields(precision)]
-    if "float64" in values and set(values) != {"float64"}:
-        path = f"precision.{fields(precision)[values.index('float64')].name}"
-        yield _problem(known, path, "float64 is for params, compute and reduce alike")
+    values = {field.name: getattr(precision, field.name) for field in fields(PrecisionConfig)}
+    wide = [name for name, value in values.items() if value == "float64"]
+    if wide and len(wide) < len(values):
+        others = " and ".join(f"precision.{name}" for name in values if name not in wide)
+        hint = f'use "float64" for {others} too, or "float32" for all'
+        rule = "float64 is for params, compute and reduce alike"
+        yield _problem(known, f"precision.{wide[0]}", rule, hint)
 
 
 def _context_fits(known: Known) -> Iterator[Problem]:
@@ -227,44 +296,75 @@ def _context_fits(known: Known) -> Iterator[Problem]:
     if known.plan.train.sequence_length + virtual > limit:
         behind = f", behind {virtual} virtual tokens," if virtual else ""
         rule = f"exceeds{behind} the model's context of {limit} tokens"
-        yield _problem(known, "train.sequence_length", rule)
+        is_room = limit > virtual
+        hint = f"use at most {limit - virtual}" if is_room else "use fewer peft.virtual_tokens"
+        yield _problem(known, "train.sequence_length", rule, hint)
+
+
+def _tensor_has_ranks(known: Known) -> Iterator[Problem]:
+    if known.plan.mesh.tp == 1 and not known.plan.tensor.sequence_parallel:
+        rule = "says how mesh.tp ranks share, which is 1"
+        yield _problem(
+            known, "tensor.sequence_parallel", rule, "set mesh.tp = 2 or more, or leave it out"
+        )
 
 
 def _tensor_fits(known: Known) -> Iterator[Problem]:
     """Every rank has something of each matrix that is split."""
     degree, spec = known.plan.mesh.tp, known.spec
-    if degree == 1:
-        if not known.plan.tensor.sequence_parallel:
-            path, rule = "tensor.sequence_parallel", "says how mesh.tp ranks share, which is 1"
-            yield _problem(known, path, rule, "set mesh.tp, or leave it out")
+    if degree == 1 or spec is None:
         return
-    if known.plan.train.compile == "on":
-        rule = "has not been proved with mesh.tp > 1"
-        yield _problem(known, "train.compile", rule, 'use "auto" or "off"')
-    if known.plan.peft.method != "none":
-        rule = "has not been proved with mesh.tp > 1"
-        yield _problem(known, "peft.method", rule, 'use mesh.tp = 1, or peft.method = "none"')
-    if spec is None:
-        return
-    for what, most in (
-        ("query heads", spec.num_heads),
-        ("columns of the feed-forward", spec.d_ffn),
-        ("words of the vocabulary", spec.vocab_size),
-    ):
-        if degree > most:
-            rule = f"exceeds the model's {most} {what}"
-            yield _problem(known, "mesh.tp", rule, f"use at most {most}")
     if spec.qk_norm == "all" and spec.norm == "layer":
-        rule = "cannot split a layer norm over all heads"
-        yield _problem(known, "mesh.tp", rule, "use 1")
+        yield _problem(known, "mesh.tp", "cannot split a layer norm over all heads", "use 1")
+        return
+    sizes = {
+        "query heads": spec.num_heads,
+        "columns of the feed-forward": spec.d_ffn,
+        "words of the vocabulary": spec.vocab_size,
+    }
+    for what, most in sizes.items():
+        if degree > most:
+            rule, hint = f"exceeds the model's {most} {what}", f"use at most {min(sizes.values())}"
+            yield _problem(known, "mesh.tp", rule, hint)
 
 
-def _peft_alone(known: Known) -> Iterator[Problem]:
-    """Fine-tuning freezes the model itself, and its options belong to methods."""
-    peft, unset = known.plan.peft, PeftConfig()
-    if peft.method != "none" and known.plan.train.freeze:
-        rule = f"does not go with peft.method = {peft.method}, which freezes the whole model"
+def _compiled_whole(known: Known) -> Iterator[Problem]:
+    """Blocks are compiled where they are whole, and so are their backward passes."""
+    if known.plan.train.compile == "on":
+        for way in _ways_of_splitting(known.plan):
+            rule = f"has not been proved with {way}"
+            yield _problem(known, "train.compile", rule, 'use "auto" or "off"')
+
+
+def _peft_whole(known: Known) -> Iterator[Problem]:
+    """Fine-tuning is proved where blocks are whole, and so are their backward passes."""
+    if known.plan.peft.method != "none":
+        for way, instead in _ways_of_splitting(known.plan).items():
+            hint = f'set {instead}, or peft.method = "none"'
+            yield _problem(known, "peft.method", f"has not been proved with {way}", hint)
+
+
+def _ways_of_splitting(plan: Plan) -> dict[str, str]:
+    """How a plan splits blocks or backward passes: each way, and what does not."""
+    axes = [axis for axis in ("pp", "tp") if getattr(plan.mesh, axis) > 1]
+    ways = {f"mesh.{axis} > 1": f"mesh.{axis} = 1" for axis in axes}
+    if _schedule(plan.pipeline.schedule).splits_backward:
+        way = f"{plan.pipeline.schedule}, which splits backward passes"
+        ways[way] = f"pipeline.schedule to {_whole_schedules()}"
+    return ways
+
+
+def _frozen_once(known: Known) -> Iterator[Problem]:
+    """Fine-tuning freezes the model itself."""
+    method = known.plan.peft.method
+    if method != "none" and known.plan.train.freeze:
+        rule = f"does not go with peft.method = {method}, which freezes the whole model"
         yield _problem(known, "train.freeze", rule, "leave it out; peft.targets chooses layers")
+
+
+def _peft_options(known: Known) -> Iterator[Problem]:
+    """Options of fine-tuning belong to methods."""
+    peft, unset = known.plan.peft, PeftConfig()
     for key, methods in PEFT_KEYS.items():
         if peft.method not in methods and getattr(peft, key) != getattr(unset, key):
             rule = f"is not read by peft.method = {peft.method}"
@@ -290,17 +390,13 @@ def _whole_rounds(known: Known) -> Iterator[Problem]:
     """A schedule may take its micro-batches in rounds of as many as there are pipeline ranks."""
     plan = known.plan
     unit = _schedule(plan.pipeline.schedule).microbatch_unit(plan.mesh.pp)
-    sequences, rest = divmod(
-        plan.train.tokens_per_step, plan.train.sequence_length * plan.mesh.num_data_ranks
-    )
-    if rest:  # `_whole_batches` tells
-        return
-    count = plan.pipeline.num_microbatches or batch_shape(plan).num_microbatches
-    if count % unit:
+    count = plan.pipeline.num_microbatches
+    if count is None and not _tokens_left_over(plan):
+        count = batch_shape(plan).num_microbatches
+    if count is not None and count % unit:
         rule = f"{plan.pipeline.schedule} takes multiples of mesh.pp = {unit}, not {count}"
-        legal = [n for n in range(unit, sequences + 1, unit) if sequences % n == 0]
-        tokens = unit * plan.train.sequence_length * plan.mesh.num_data_ranks
-        other = f"make train.tokens_per_step a multiple of {tokens}"
+        legal = _microbatch_counts(plan)
+        other = f"make train.tokens_per_step a multiple of {unit * _tokens_of_sequences(plan)}"
         hint = f"use {_nearest(count, legal)}" if legal else other
         yield _problem(known, "pipeline.num_microbatches", rule, hint)
 
@@ -313,12 +409,17 @@ def _nearest(value: int, legal: Sequence[int]) -> str:
 
 def _stages_have_layers(known: Known) -> Iterator[Problem]:
     pp, per_rank = known.plan.mesh.pp, known.plan.pipeline.stages_per_rank
-    if known.spec is not None and pp * per_rank > known.spec.num_layers:
-        num_layers = known.spec.num_layers
-        rule = f"makes {pp * per_rank} stages, but the model has {num_layers} layer(s)"
-        most = num_layers // per_rank
-        hint = f"use at most {most}" if most else f"stages_per_rank is at most {num_layers}"
-        yield _problem(known, "mesh.pp", rule, hint)
+    if known.spec is None or pp * per_rank <= known.spec.num_layers:
+        return
+    num_layers = known.spec.num_layers
+    rule = f"makes {pp * per_rank} stages, but the model has {num_layers} layer(s)"
+    if per_rank <= num_layers:
+        hint = f"use at most {num_layers // per_rank}"
+    elif pp <= num_layers:
+        hint = f"set pipeline.stages_per_rank = {num_layers // pp}"
+    else:
+        hint = f"use 1, and at most {num_layers} for pipeline.stages_per_rank"
+    yield _problem(known, "mesh.pp", rule, hint)
 
 
 def _stage_cuts(known: Known) -> Iterator[Problem]:
@@ -344,10 +445,6 @@ def _split_backward(known: Known) -> Iterator[Problem]:
     if plan.zero_technique == "3":
         rule = "splits backward passes, of which torch's ZeRO stage 3 wants each in one piece"
         yield _problem(known, path, rule, f'set zero.sharder = "own", or use {_whole_schedules()}')
-    if plan.train.compile == "on":
-        rule = 'splits backward passes, which train.compile = "on" cannot'
-        hint = f'set train.compile = "off", or use {_whole_schedules()}'
-        yield _problem(known, path, rule, hint)
 
 
 def _whole_schedules() -> str:
@@ -357,18 +454,31 @@ def _whole_schedules() -> str:
 
 
 BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
-RULES: tuple[Rule, ...] = (
-    _ranks,
-    _whole_batches,
-    _zero_needs_shards,
-    _sharder_fits,
-    _one_float64,
-    _context_fits,
-    _tensor_fits,
-    _peft_alone,
-    _stages_per_rank,
-    _whole_rounds,
-    _stages_have_layers,
-    _stage_cuts,
-    _split_backward,
-)
+
+_STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
+_ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
+_STAGES = ("mesh.pp", "pipeline.stages_per_rank")
+_SPLITS = ("mesh.pp", "mesh.tp", "pipeline.schedule")
+_ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
+
+RULES: dict[Rule, tuple[str, ...]] = {
+    _ranks: tuple(f"mesh.{axis}" for axis in AXES),
+    _whole_sequences: _STEP,
+    _whole_microbatches: _ROUNDS,
+    _zero_needs_shards: ("zero.stage", "mesh.dp_shard"),
+    _sharder_fits: _ZERO,
+    _one_float64: ("precision.params", "precision.compute", "precision.reduce"),
+    _context_fits: ("train.sequence_length", "peft.method", "peft.virtual_tokens"),
+    _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
+    _tensor_fits: ("mesh.tp",),
+    _compiled_whole: ("train.compile", *_SPLITS),
+    _peft_whole: ("peft.method", *_SPLITS),
+    _frozen_once: ("peft.method", "train.freeze"),
+    _peft_options: ("peft.method", *(f"peft.{key}" for key in PEFT_KEYS)),
+    _stages_per_rank: ("pipeline.schedule", "pipeline.stages_per_rank"),
+    _whole_rounds: (*_ROUNDS, "train.microbatch_tokens"),
+    _stages_have_layers: _STAGES,
+    _stage_cuts: (*_STAGES, "pipeline.stage_cuts"),
+    _split_backward: ("pipeline.schedule", *_ZERO),
+}
+"""Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""

@@ -57,6 +57,12 @@ class MeshConfig(Config):
             rank, coordinates[axis] = divmod(rank, degree)
         return {axis: coordinates[axis] for axis in AXES}
 
+    def name_rank(self, rank: int) -> str:
+        """A rank and its place on the axes that have several: ``rank 3 (pp=1 tp=1)``."""
+        degrees = dict(zip(AXES, self.shape, strict=True))
+        places = [f"{axis}={n}" for axis, n in self.coordinate(rank).items() if degrees[axis] > 1]
+        return f"rank {rank} ({' '.join(places)})" if places else f"rank {rank}"
+
     def data_index(self, rank: int) -> int:
         """The index of `rank` among the ranks that read different data."""
         coordinate = self.coordinate(rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
+from paceline.checkpoint.manifest import complete_checkpoints, newest_checkpoint, read_manifest
 from paceline.core.env import rank_environment
 from paceline.core.errors import UsageError
 from paceline.data.sources import parse_source
@@ -69,6 +69,14 @@ def resumed_job(path: Path, steps: int | None = None) -> Job:
         hint = f"--steps with more than {done} to train on"
         raise UsageError(f"{checkpoint} is at step {done} of {config.steps}: done", hint=hint)
     return Job(config, plan, folder, checkpoint)
+
+
+def way_out(folder: RunFolder) -> str:
+    """How a run that has failed goes on."""
+    if complete := complete_checkpoints(folder.checkpoints):
+        step = read_manifest(complete[-1]).step
+        return f"paceline train --resume {folder.path} goes on from step {step}"
+    return "no checkpoint is complete yet (checkpoint.interval_steps): begin anew, in another --out"
 
 
 def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRecord | None:

@@ -241,7 +241,8 @@ def _certify_case(case: str, plan: Plan, spec: ModelSpec, weights: Weights) -> _
         return _compare(case, plan, spec, weights, store, world, expected)
 
     errors = _Errors.none()
-    found = [run(0)] if mesh.num_ranks == 1 else run_ranks(run, mesh.num_ranks, timeout_s=600)
+    num_ranks = mesh.num_ranks
+    found = [run(0)] if num_ranks == 1 else run_ranks(run, num_ranks, timeout_s=600, mesh=mesh)
     for of_rank in found:
         errors.merge(of_rank)
     for name in uncovered(errors.gradient_boxes, expected[0].gradients):

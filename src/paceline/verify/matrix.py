@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.mesh import MeshConfig
@@ -48,7 +48,7 @@ def name_of(plan: Plan) -> str:
 def _plan(
     *,
     stage: int | None = None,
-    sharder: str = "auto",
+    sharder: Literal["auto", "own"] = "auto",
     schedule: str | None = None,
     remat: str = "none",
     is_sequence_parallel: bool = True,
@@ -57,10 +57,9 @@ def _plan(
     config = MeshConfig(**mesh)
     traits: Any = SCHEDULES.load(schedule) if schedule else None
     values: dict[str, Any] = {"remat": remat, "stage": stage, "schedule": schedule or "one-f-one-b"}
-    values["sharder"] = sharder
     return Plan(
         mesh=config,
-        zero=ZeroConfig(stage=values["stage"], sharder=values["sharder"]),
+        zero=ZeroConfig(stage=values["stage"], sharder=sharder),
         tensor=TensorConfig(sequence_parallel=is_sequence_parallel),
         pipeline=PipelineConfig(
             schedule=values["schedule"],

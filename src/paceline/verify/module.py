@@ -139,7 +139,7 @@ def _certify_case(
         return [e for n, pair in enumerate(pairs, 1) for e in _compare(*pair, where.format(n))]
 
     num_ranks = plan.mesh.num_ranks
-    found = [run(0)] if num_ranks == 1 else run_ranks(run, num_ranks, timeout_s=600)
+    found = [run(0)] if num_ranks == 1 else run_ranks(run, num_ranks, timeout_s=600, mesh=plan.mesh)
     return [error for errors in found for error in errors]
 
 

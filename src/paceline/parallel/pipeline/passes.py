@@ -111,10 +111,10 @@ class Passes:
             return
         gradient = parts[EMBEDDING].ensured_gradient()
         if gradient.numel():
-            self._peers.send(gradient.clone(), other, TIED)
-            theirs = self._peers.receive(tuple(gradient.shape), gradient.dtype, other, TIED)
-            gradient += theirs.wait()
-            self._peers.finish()
+            self._peers.send(gradient, other, TIED)
+            theirs = self._peers.receive(tuple(gradient.shape), gradient.dtype, other, TIED).wait()
+            self._peers.finish()  # not before may it change
+            gradient += theirs
 
     def _run(
         self,
