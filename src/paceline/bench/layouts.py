@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from paceline.bench.plain import Attention, Llama, mean_loss, turn
 from paceline.data.batch import Batch
@@ -211,10 +211,15 @@ class _LocalState:
             self._local[name].grad = _local(parameter.grad)
             parameter.grad = None
         self._sum_terms()
+<<<<<<< HEAD
         norms = [self._owned(name, rank).norm() for name in self._local]
         own = torch.stack(norms).square().sum()
         torch.distributed.all_reduce(own)
         clip_grads_with_norm_(self._local.values(), self._max_norm, own.sqrt())
+=======
+        norm = _norm_over_ranks([self._owned(name, rank) for name in self._local])
+        clip_grads_with_norm_(self._local.values(), self._max_norm, norm)
+>>>>>>> faults
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -284,14 +289,20 @@ def piped(
         tied = model.embedding.weight.grad
         torch.distributed.all_reduce(tied)
         counted = [p.grad for p in model.parameters() if model.is_first or p.grad is not tied]
-        own = torch.stack([g.norm() for g in counted if g is not None]).square().sum()
-        torch.distributed.all_reduce(own)
-        clip_grads_with_norm_(model.parameters(), config.clip_norm, own.sqrt())
+        norm = _norm_over_ranks([gradient for gradient in counted if gradient is not None])
+        clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
         return torch.stack(losses).mean().item() if losses else UNKNOWN
 
     return step
+
+
+def _norm_over_ranks(own: list[Tensor]) -> Tensor:
+    """The norm of all ranks' gradients together."""
+    squares = get_total_norm(own).square()
+    torch.distributed.all_reduce(squares)
+    return squares.sqrt()
 
 
 def _loaded(model: Llama, weights: Mapping[str, Tensor]) -> Llama:
