@@ -211,15 +211,8 @@ class _LocalState:
             self._local[name].grad = _local(parameter.grad)
             parameter.grad = None
         self._sum_terms()
-<<<<<<< HEAD
-        norms = [self._owned(name, rank).norm() for name in self._local]
-        own = torch.stack(norms).square().sum()
-        torch.distributed.all_reduce(own)
-        clip_grads_with_norm_(self._local.values(), self._max_norm, own.sqrt())
-=======
         norm = _norm_over_ranks([self._owned(name, rank) for name in self._local])
         clip_grads_with_norm_(self._local.values(), self._max_norm, norm)
->>>>>>> faults
         self._optimizer.step()
         self._optimizer.zero_grad()
 
