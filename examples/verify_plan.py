@@ -51,7 +51,7 @@ def main() -> None:
             assert certificate.certified, certificate.worst
 
     try:
-        pl.verify("random:llama:tiny", pl.Plan(mesh=pl.MeshConfig(tp=2)))
+        pl.verify("random:llama:tiny", pl.Plan(mesh=pl.MeshConfig(cp=2)))
     except pl.ConfigError as error:
         print(f"and what nobody has proved is refused: {error}")
     else:

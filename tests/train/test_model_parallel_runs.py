@@ -101,7 +101,13 @@ def alone(documents, tmp_path_factory) -> dict[str, Any]:
         return outcome(folder)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("tp 4", "pp 2 x tp 2 x dp_replicate 2")  # more ranks than most machines have cores
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
+)
 def test_a_spread_model_trains_as_a_whole_one(alone, documents, tmp_path, layout):
     plan = plan_of(*LAYOUTS[layout])
     train(plan, documents, tmp_path / "run")
