@@ -47,3 +47,4 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/paceline bench train
 	$(BIN)/paceline bench generate
+	$(BIN)/paceline bench axes
