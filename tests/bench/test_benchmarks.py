@@ -50,7 +50,7 @@ def test_an_unknown_peer_is_named(name):
         BENCHMARKS.load(name)(against="vlm", model="any", dtype="float32")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", OF_MODELS)
 def test_a_model_that_the_peer_cannot_read_is_named(name):
     with pytest.raises(UnknownNameError, match="unknown model 'random:llama:tiny'"):
         BENCHMARKS.load(name)(against="transformers", model="random:llama:tiny", dtype="float32")

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tensor_models import OTHERS, OURS, REFUSED, build
+from tensor_models import BY_VERSION, OTHERS, OURS, REFUSED, build
 from torch import nn
 
 import paceline as pl
@@ -94,6 +94,14 @@ def test_what_parts_cannot_compute_is_refused_by_name(name):
         split(name, plan(tp=2))
     (pattern,) = re.findall(r"tensor_rules={'(\S+)': 'whole'} leaves it whole", str(e.value))
     split(name, plan(tp=2), tensor_rules={pattern: "whole"})
+
+
+@pytest.mark.parametrize("name", BY_VERSION)
+def test_what_is_not_refused_is_exact(name):
+    try:
+        certify(build(BY_VERSION[name]), plan(tp=2))
+    except RankError as error:
+        assert "cannot be split" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize(
