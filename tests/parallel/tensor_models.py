@@ -116,7 +116,7 @@ REFUSED: dict[str, Config] = {
 """Those whose attention reads more than shapes can tell."""
 
 BY_VERSION: dict[str, Config] = {"codegen": _config("CodeGen", _OLD, rotary_dim=4)}
-"""Refused or split as their code is written: CodeGen is refused in transformers 5.23, not in 5.24."""
+"""Refused or split as their code is written: CodeGen in transformers 5.23 and 5.24."""
 
 
 def build(config: Config) -> nn.Module:
