@@ -74,12 +74,12 @@ class Split:
     @property
     def copied(self) -> frozenset[int]:
         """Positions along `dim` that more than one rank has."""
-        seen: set[int] = set()
+        parts = (part for share in self.shares for part in share)
         copied: set[int] = set()
-        for rank in range(len(self.shares)):
-            indices = set(self.indices(rank))
-            copied |= seen & indices
-            seen |= indices
+        furthest = 0  # where the parts before end; all of it from the start of the next is had
+        for part in sorted(parts, key=lambda part: part.start):
+            copied.update(range(part.start, min(part.stop, furthest)))
+            furthest = max(furthest, part.stop)
         return frozenset(copied)
 
 

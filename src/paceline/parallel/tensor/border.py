@@ -53,7 +53,7 @@ class Ranks:
 
     def gather(self, name: str, columns: Tensor, split: Split) -> Tensor:
         del name
-        sizes = tuple(len(split.indices(rank)) for rank in range(len(split.shares)))
+        sizes = tuple(sum(map(len, share)) for share in split.shares)
         return gather_columns(columns, sizes, self._world)
 
     def take(self, x: Tensor, split: Split) -> Tensor:
