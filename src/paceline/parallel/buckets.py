@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from paceline.dist.world import World
 
 T = TypeVar("T", bound=Tensor)
+Item = TypeVar("Item")
 
 BUCKET_BYTES = 25 << 20
 
@@ -47,13 +49,19 @@ def sum_in_buckets(
 
 def buckets(tensors: Iterable[T]) -> Iterator[list[T]]:
     """Tensors in order, in groups of one dtype and of about `BUCKET_BYTES`."""
-    bucket: list[T] = []
-    size_bytes = 0
-    for tensor in tensors:
-        if bucket and (size_bytes >= BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size_bytes = [], 0
-        bucket.append(tensor)
-        size_bytes += tensor.nbytes
-    if bucket:
-        yield bucket
+    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
+        yield from in_groups(alike, lambda tensor: tensor.nbytes)
+
+
+def in_groups(items: Iterable[Item], size_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in order, in groups of about `BUCKET_BYTES` together."""
+    group: list[Item] = []
+    total_bytes = 0
+    for item in items:
+        group.append(item)
+        total_bytes += size_bytes(item)
+        if total_bytes >= BUCKET_BYTES:
+            yield group
+            group, total_bytes = [], 0
+    if group:
+        yield group

@@ -30,10 +30,10 @@ ones, in all-reduces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, Product, RMSNorm
 from paceline.optim.parts import Part
-from paceline.parallel.buckets import BUCKET_BYTES, sum_in_buckets
+from paceline.parallel.buckets import in_groups, sum_in_buckets
 from paceline.parallel.tensor.boundary import (
     AXIS,
     copy_in,
@@ -92,7 +92,9 @@ class SplitDecoder:
         partial_parts = [parts[name].ensured_gradient() for name in self._held(self.partial, parts)]
         sum_in_buckets(partial_parts, self.world, (AXIS,), purpose=GRADIENTS)
         axes = (*spread_axes, AXIS)
-        for names in self._in_buckets(list(self._held(self.copied, parts)), parts):
+        copied = self._held(self.copied, parts)
+        # A group at a time: few whole gradients are there together.
+        for names in in_groups(copied, lambda name: _whole_bytes(parts[name])):
             wholes = [_in_whole(parts[name]) for name in names]
             sum_in_buckets(wholes, self.world, axes, purpose=GRADIENTS)
             for name, whole in zip(names, wholes, strict=True):
@@ -100,19 +102,6 @@ class SplitDecoder:
 
     def _held(self, names: frozenset[str], parts: Mapping[str, Part]) -> Iterator[str]:
         return (name for name in parts if name in names and parts[name].tensor.requires_grad)
-
-    def _in_buckets(self, names: list[str], parts: Mapping[str, Part]) -> Iterator[list[str]]:
-        """Names in groups whose whole gradients fill about a bucket: few are there at a time."""
-        group, size_bytes = list[str](), 0
-        for name in names:
-            part = parts[name]
-            group.append(name)
-            size_bytes += Box.of_whole(part.place.shape).num_elements * part.tensor.itemsize
-            if size_bytes >= BUCKET_BYTES:
-                yield group
-                group, size_bytes = [], 0
-        if group:
-            yield group
 
 
 def split(
@@ -147,7 +136,7 @@ def split(
     return SplitDecoder(
         places=places,
         partial=frozenset(whole if is_sequence_parallel else of_heads),
-        copied=frozenset(name for name in names if _is_copied(rules[name])),
+        copied=frozenset(name for name in names if rules[name].copied),
         world=world,
     )
 
@@ -161,12 +150,6 @@ def _place(shape: tuple[int, ...], rule: Split, rank: int) -> Place:
     owned = range(max(own.start, taken), own.stop)
     box = Box.of_whole(shape)
     return replace(whole, box=box.narrowed(rule.dim, own), owned=box.narrowed(rule.dim, owned))
-
-
-def _is_copied(rule: Split) -> bool:
-    """Whether neighbours have something in common."""
-    shares = [own for (own,) in rule.shares]
-    return any(lower.stop > upper.start for lower, upper in pairwise(shares))
 
 
 def _cut(model: nn.Module, name: str, place: Place) -> None:
@@ -237,6 +220,10 @@ def _sum_behind(linear: Linear, world: World, is_sequence_parallel: bool) -> Non
         return y if bias is None else y + bias.to(y.dtype)
 
     linear.product = product
+
+
+def _whole_bytes(part: Part) -> int:
+    return math.prod(part.place.shape) * part.tensor.itemsize
 
 
 def _in_whole(part: Part) -> Tensor:
