@@ -42,13 +42,18 @@ def train_step(
 ) -> StepResult:
     """Accumulates the gradient over this rank's micro-batches and moves the weights."""
     result = compute_gradients(state, batches, objective, world, max_norm=max_norm)
+    move_weights(state, learning_rate)
+    return result
+
+
+def move_weights(state: State, learning_rate: float) -> None:
+    """Takes the step that the gradients in the parameters ask for, and forgets them."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.model.finish_update()
     state.step += 1
-    return result
 
 
 def compute_gradients(

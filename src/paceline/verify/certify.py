@@ -39,7 +39,7 @@ from paceline.plan.plan import Plan, PrecisionConfig, ZeroConfig
 from paceline.train.evaluate import Evaluation, evaluate
 from paceline.train.objective.next_token import next_token
 from paceline.train.state import State
-from paceline.train.step import StepResult, compute_gradients
+from paceline.train.step import StepResult, compute_gradients, move_weights
 from paceline.verify.compare import (
     Piece,
     gradient_errors,
@@ -287,11 +287,7 @@ def _compare(
         where = f"{case}, step {step}, rank {world.rank}"
         errors.add(errors.gradients, gradient_errors(gradients, oracle.gradients), where)
         errors.add(errors.gradients, _scale_errors(result, oracle), where)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(plan.optimizer, step, _NUM_STEPS)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        model.finish_update()
+        move_weights(state, learning_rate(plan.optimizer, step, _NUM_STEPS))
         found = _pieces({n: (part.local.detach(), part.place) for n, part in model.parts.items()})
         _join(errors.weight_boxes, {name: {box} for name, (_, box) in found.items()})
         errors.add(errors.weights, weight_errors(found, oracle.weights), where)
