@@ -51,10 +51,10 @@ class PointToPoint:
     def __init__(self, world: World, axis: str, purposes: tuple[str, ...]) -> None:
         self.world = world
         self.axis = axis
-        self.index = world.mesh.coordinate(world.rank)[axis]
+        self.index = world.coordinate(axis)
         self._under_way: deque[_Transfer] = deque()
         self._groups: dict[tuple[str, bool], torch.distributed.ProcessGroup] = {}
-        if getattr(world.mesh, axis) > 1:
+        if world.degree(axis) > 1:
             self._groups = {
                 (purpose, is_up): make_group(world.mesh, world.rank, (axis,))
                 for purpose in purposes
@@ -118,7 +118,7 @@ class PointToPoint:
         met in the order of a schedule, some could wait for others that wait for them; here all
         go through all pairs in one order. It is no traffic of a run: nothing is recorded.
         """
-        degree = getattr(self.world.mesh, self.axis)
+        degree = self.world.degree(self.axis)
         token = torch.zeros(1, device=self.world.device)
         pairs = sorted({tuple(sorted((low, (low + 1) % degree))) for low in range(degree)})
         for (_, is_up), group in self._groups.items():

@@ -157,7 +157,7 @@ def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
     spec = family(dice.pick("family", list(FAMILIES))).PRESETS["tiny"]
     length = dice.pick("length", range(3, _MAX_LENGTH + 1))
     rounds = dice.pick("rounds", range(1, _MAX_ROUNDS + 1))
-    num_microbatches = rounds * (mesh.pp if traits.needs_rounds else 1)
+    num_microbatches = rounds * traits.microbatch_unit(mesh.pp)
     sequences = num_microbatches * dice.pick("sequences", range(1, _MAX_SEQUENCES + 1))
     stage: Any = dice.pick("zero", [0, 1, 2, 3]) if mesh.dp_shard > 1 else 0
     sharder: Any = dice.pick("sharder", ["auto", "own"]) if stage == 3 else "auto"

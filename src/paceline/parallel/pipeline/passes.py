@@ -41,7 +41,7 @@ class Passes:
     Args:
         cut: which stages are here.
         models: what an objective calls for each of them; `StageModel` where there are several.
-        schedule: in which order; None where there is one rank and its backward passes are whole.
+        schedule: in which order.
         stages_per_rank: of the pipeline.
         border: shape and dtype of what goes from stage to stage, for a shape of tokens.
         world: the ranks.
@@ -51,6 +51,9 @@ class Passes:
         on_ready: is told of each parameter whose gradient a weight pass has completed.
         finished: is called after each backward and weight pass.
         clock: of the trace.
+
+    Attributes:
+        trace: what the last run did, in seconds on the clock.
     """
 
     def __init__(
