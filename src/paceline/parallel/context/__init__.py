@@ -1,0 +1,12 @@
+"""Context parallelism: how attention reaches the tokens that other ranks have."""
+
+from paceline.core.registry import NameTable
+
+METHODS = NameTable(
+    "method of context parallelism",
+    {
+        "ring": "paceline.parallel.context.ring:METHOD",
+        "zigzag-ring": "paceline.parallel.context.zigzag_ring:METHOD",
+    },
+)
+"""Name to its `paceline.parallel.context.base.Method`."""
