@@ -63,7 +63,7 @@ class PointToPoint:
         self.index = world.coordinate(axis)
         self._under_way: deque[_Transfer] = deque()
         self._groups: dict[tuple[str, bool], torch.distributed.ProcessGroup] = {}
-        if world.degree(axis) > 1:
+        if world.degree(axis) > 1 and distances:
             self._groups = {
                 (purpose, is_up): make_group(world.mesh, world.rank, (axis,))
                 for purpose in purposes

@@ -21,8 +21,6 @@ from paceline.models.layout import Layout
 from paceline.parallel.context.blocks import Blocks
 from paceline.parallel.context.placement import Placement
 
-AXIS = "cp"
-
 
 class Attended(NamedTuple):
     """What a forward pass gives, and what its backward pass needs of it.

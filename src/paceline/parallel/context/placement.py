@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+AXIS = "cp"
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paceline.dist.p2p import PendingTensor
 from paceline.dist.world import World
 from paceline.parallel.context.base import Attended, Core, Method
 from paceline.parallel.context.blocks import Blocks, Queries, Sums, zeros_for
@@ -112,7 +113,7 @@ def ring_backward(
     return grad_q_BTNH.to(queries.q_BTNH.dtype), own_2BSKH
 
 
-def _pass_on(ring: Ring, kv_2BSKH: Tensor, step: int):
+def _pass_on(ring: Ring, kv_2BSKH: Tensor, step: int) -> PendingTensor | None:
     """Begins to give a part's keys and values to the next rank, and to take the next part's."""
     if step == ring.size - 1:
         return None

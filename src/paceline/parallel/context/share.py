@@ -22,7 +22,8 @@ from paceline.models.layout import PADDING
 from paceline.optim.parts import Part
 from paceline.parallel.buckets import sum_in_buckets
 from paceline.parallel.context import METHODS
-from paceline.parallel.context.base import AXIS, Method
+from paceline.parallel.context.base import Method
+from paceline.parallel.context.placement import AXIS
 from paceline.plan.plan import Plan
 
 GRADIENTS = "context parallel gradients"
@@ -44,7 +45,7 @@ class SharedSequences:
     def __init__(self, plan: Plan, world: World) -> None:
         method: Method = METHODS.load(plan.context.method)
         self._world = world
-        self._placement = method.place(plan.mesh.cp, 1)
+        self._placement = method.place(plan.mesh.cp, plan.ulysses_degree)
         self.attend = method.core(world, self._placement)
 
     def share(self, batch: Batch) -> Batch:

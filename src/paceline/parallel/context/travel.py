@@ -6,9 +6,7 @@ from torch import Tensor
 
 from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.dist.world import World
-from paceline.parallel.context.placement import Placement
-
-AXIS = "cp"
+from paceline.parallel.context.placement import AXIS, Placement
 
 
 class Ring:
