@@ -164,8 +164,9 @@ class Watch:
             self._watcher.after_forward(unit)
             if isinstance(output, Tensor):
                 return _Border.apply(self._watcher, [unit], output)
-            both: Any = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
-            return output._replace(x_BTD=both[0], output_BTD=both[1])
+            both = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
+            x_BTD, output_BTD = cast("tuple[Tensor, Tensor]", both)
+            return output._replace(x_BTD=x_BTD, output_BTD=output_BTD)
 
         return hook
 
