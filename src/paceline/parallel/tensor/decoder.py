@@ -166,7 +166,7 @@ def _cut(model: nn.Module, name: str, place: Place) -> None:
 def _split_attention(
     attention: Attention, heads: HeadShare, world: World, is_sequence_parallel: bool
 ) -> None:
-    if not _are_in_groups(heads):
+    if not heads.is_grouped:
         attention.key_of_query = heads.key_of_query
     enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
     attention.register_forward_pre_hook(enter)
@@ -181,13 +181,6 @@ def _split_attention(
             assert isinstance(whole, RMSNorm), "paceline.plan.check admits no other"
             columns, mine = _times(own, head_dim), _times(owned, head_dim)
             setattr(attention, name, SplitRMSNorm(whole, columns, mine, world))
-
-
-def _are_in_groups(heads: HeadShare) -> bool:
-    """Whether each key head is read by as many query heads, in order."""
-    group, left = divmod(len(heads.query), len(heads.key))
-    in_groups = tuple(query // group for query in range(len(heads.query))) if group else ()
-    return not left and heads.key_of_query == in_groups
 
 
 def _times(heads: range, head_dim: int) -> range:
