@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from paceline.models.attention import Around, Attend, Attention, attend_within, plainly
 from paceline.models.ffn import FeedForward
+from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
@@ -76,7 +77,10 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
             self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
+        self.blocks = nn.ModuleList(
+            LadderBlock(spec, layer) if spec.is_ladder(layer) else Block(spec, layer)
+            for layer in range(spec.num_layers)
+        )
         self.norm = make_norm(spec, spec.d_model)
         if not spec.tied_embeddings:
             self.head = Linear(spec.d_model, spec.vocab_size, bias=False)
