@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,12 @@ class PointToPoint:
         world: the ranks; its traffic gets every transfer.
         axis: of the mesh.
         purposes: what is sent, for example ``("activations", "gradients")``.
+        is_full: whether every rank sends to every other, and not to its neighbours alone.
     """
 
-    def __init__(self, world: World, axis: str, purposes: tuple[str, ...]) -> None:
+    def __init__(
+        self, world: World, axis: str, purposes: tuple[str, ...], *, is_full: bool = False
+    ) -> None:
         self.world = world
         self.axis = axis
         self.index = world.coordinate(axis)
@@ -60,7 +64,7 @@ class PointToPoint:
                 for purpose in purposes
                 for is_up in (True, False)
             }
-            self._connect()
+            self._connect(is_full=is_full)
 
     def send(self, tensor: Tensor, destination: int, purpose: str) -> None:
         """Begins to send a tensor, which nobody may change before `finish` has returned.
@@ -111,8 +115,9 @@ class PointToPoint:
         while self._under_way and self._under_way[0].work.is_completed():
             self._under_way.popleft().work.wait()
 
-    def _connect(self) -> None:
-        """Has neighbours on the axis, the last and the first among them, meet in every group.
+    def _connect(self, *, is_full: bool) -> None:
+        """Has neighbours on the axis, the last and the first among them, meet in every group, or
+        all pairs of ranks.
 
         NCCL connects two ranks at their first transfer, and both wait for it there. If they first
         met in the order of a schedule, some could wait for others that wait for them; here all
@@ -120,7 +125,8 @@ class PointToPoint:
         """
         degree = self.world.degree(self.axis)
         token = torch.zeros(1, device=self.world.device)
-        pairs = sorted({tuple(sorted((low, (low + 1) % degree))) for low in range(degree)})
+        neighbours = {tuple(sorted((low, (low + 1) % degree))) for low in range(degree)}
+        pairs = sorted(set(combinations(range(degree), 2)) if is_full else neighbours)
         for (_, is_up), group in self._groups.items():
             for pair in pairs:
                 source, destination = pair if is_up else reversed(pair)

@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x_RD is not None:
                 torch.mm(grad_logits_CV, cast_VD, out=grad_x_RD[rows])
             if needs_weight:
-                grad_weight_VD = _add_product(grad_weight_VD, grad_logits_CV.T, x_RD[rows], wide)
+                grad_weight_VD = add_product(grad_weight_VD, grad_logits_CV.T, x_RD[rows], wide)
         if needs_weight and grad_weight_VD is None:  # no row at all
             grad_weight_VD = torch.zeros_like(weight_VD)
         ctx.gradients = grad_x_RD, grad_weight_VD
@@ -206,7 +206,7 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, others, first)
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+def add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     """The sum and the product, in place of the sum if there is one."""
     if total is None:
         return torch.mm(left, right).to(wide)

@@ -50,9 +50,7 @@ class _Hop(NamedTuple):
 _BACKWARD = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 _SCORE = (Kind.SCORE, Kind.SCORE_INPUT)
 _HOPS = (
-    _Hop(
-        (Kind.FORWARD,), Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD, (Kind.FORWARD,), Kind.FORWARD
-    ),
+    _Hop((Kind.FORWARD,), Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD, (Kind.FORWARD,), Kind.FORWARD),
     _Hop(_BACKWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD, _BACKWARD, Kind.BACKWARD_INPUT),
     _Hop(
         (Kind.EMBED,),
