@@ -13,7 +13,7 @@ from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
 from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
-from paceline.models.tied import TiedEmbedding
+from paceline.models.tied import LookUp, TiedEmbedding
 from paceline.models.vocabulary import Head, Output, Vocabulary, WholeVocabulary, logits
 from paceline.plan.model_spec import ModelSpec
 
@@ -123,14 +123,14 @@ class Decoder(nn.Module):
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :]
         return self.predict(x_BTD, place, head, tied)
 
-    def embed(self, tokens_BT: Tensor, tied: TiedEmbedding | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, rows: LookUp | None = None) -> Tensor:
         """Embedded tokens, before positions are added.
 
         Args:
             tokens_BT: token ids.
-            tied: of this pass, where the head follows in it.
+            rows: what looks them up, where their gradient is not autograd's alone.
         """
-        look_up = tied.embed if tied else self.embedding
+        look_up = rows.embed if rows else self.embedding
         return self.vocabulary.embed(tokens_BT, lambda tokens: self._scaled(look_up(tokens)))
 
     def positioned(self, x_BTD: Tensor, layout: Layout) -> Tensor:

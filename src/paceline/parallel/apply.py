@@ -30,6 +30,7 @@ from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.stages import border_of, cut_of, defer, keep_stages, stage_models
+from paceline.parallel.pipeline.words import Shares, Spread, spread_words
 from paceline.parallel.tensor.decoder import SplitDecoder, split
 from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
@@ -108,7 +109,11 @@ def apply(
     cut = cut_of(plan, spec, world.coordinate("pp"))
     deferred = defer(model, plan)
     keep_stages(model, cut)
+    degree, rank = world.degree("pp"), world.coordinate("pp")
+    shares = Shares.of(spec.vocab_size, degree, rank) if cut.is_spread else None
+    of_words = spread_words(model, shares) if shares else {}
     tensor, places = _split(model, spec, plan, world)
+    places |= of_words
     if cut.other_end is not None and cut.has_last:
         places[EMBEDDING] = places[EMBEDDING].disowned()
     context = SharedSequences(plan, world) if plan.mesh.cp > 1 else None
@@ -129,6 +134,9 @@ def apply(
         border=partial(border_of, model, plan),
         world=world,
         deferred=deferred,
+        spread=Spread(model, shares, plan.pipeline.vocabulary_barriers, data.run_words)
+        if shares
+        else None,
         run_stage=data.run_stage,
         on_ready=data.on_ready,
         finished=partial(data.finish_pass, model),
