@@ -13,7 +13,7 @@ from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
 from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
-from paceline.models.tied import TiedEmbedding
+from paceline.models.tied import LookUp, TiedEmbedding
 from paceline.models.vocabulary import Head, Output, Vocabulary, WholeVocabulary, logits
 from paceline.plan.model_spec import ModelSpec
 
@@ -62,6 +62,7 @@ class Decoder(nn.Module):
             it as they are used, so it may differ from theirs.
         prelude: virtual tokens before every document, or None.
         vocabulary: how words are looked up and predicted.
+        attend: the core of attention where a call gives none; another may reach over ranks.
         around_block: calls every block; another may recompute it in the backward pass.
     """
 
@@ -71,6 +72,7 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.prelude: Prelude | None = None
         self.vocabulary: Vocabulary = WholeVocabulary()
+        self.attend: Attend = attend_within
         self.around_block: Around = plainly
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         layout: Layout | None = None,
         *,
-        attend: Attend = attend_within,
+        attend: Attend | None = None,
         last_only: bool = False,
         is_begun: bool = False,
         head: Head = logits,
@@ -103,7 +105,7 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: token ids.
             layout: where the tokens stand; by default every row is one document from position 0.
-            attend: the core of attention.
+            attend: the core of attention; by default the model's.
             last_only: whether only the last position of each row is wanted.
             is_begun: whether the tokens go on from others that `attend` has kept, the prelude's
                 among them; their positions then count the prelude's too.
@@ -116,19 +118,19 @@ class Decoder(nn.Module):
         tied = TiedEmbedding(self.embedding.weight) if self.spec.tied_embeddings else None
         x_BTD = self.embed(tokens_BT, tied)
         if self.prelude is not None and not is_begun:
-            x_BTD, place, attend = self.prelude(x_BTD, place, attend)
+            x_BTD, place, attend = self.prelude(x_BTD, place, attend or self.attend)
         x_BTD = self.through(self.positioned(x_BTD, place), place, range(len(self.blocks)), attend)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :]
         return self.predict(x_BTD, place, head, tied)
 
-    def embed(self, tokens_BT: Tensor, tied: TiedEmbedding | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, rows: LookUp | None = None) -> Tensor:
         """Embedded tokens, before positions are added.
 
         Args:
             tokens_BT: token ids.
-            tied: of this pass, where the head follows in it.
+            rows: what looks them up, where their gradient is not autograd's alone.
         """
-        look_up = tied.embed if tied else self.embedding
+        look_up = rows.embed if rows else self.embedding
         return self.vocabulary.embed(tokens_BT, lambda tokens: self._scaled(look_up(tokens)))
 
     def positioned(self, x_BTD: Tensor, layout: Layout) -> Tensor:
@@ -139,9 +141,10 @@ class Decoder(nn.Module):
         return x_BTD + self.vocabulary.spread(positions_BTD)
 
     def through(
-        self, x_BTD: Tensor, layout: Layout, layers: range, attend: Attend = attend_within
+        self, x_BTD: Tensor, layout: Layout, layers: range, attend: Attend | None = None
     ) -> Tensor:
         """Hidden states after some of the blocks."""
+        attend = attend or self.attend
         angles = self._angles(layout, x_BTD.dtype)
         for layer in layers:
             turned = angles[self.spec.window_of(layer) is not None]

@@ -27,7 +27,6 @@ from paceline.plan.plan import PeftConfig, Plan, PrecisionConfig
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "mesh.cp": (1,),
     "mesh.ep": (1,),
-    "pipeline.vocabulary": ("edges",),
     "context.method": ("zigzag-ring",),
     "expert.dispatch": ("all-to-all",),
     "expert.balance_loss_weight": (0.0,),
@@ -461,6 +460,26 @@ def _stage_cuts(known: Known) -> Iterator[Problem]:
         yield _problem(known, path, f"must increase, from 1{end}", hint)
 
 
+def _vocabulary_spreads(known: Known) -> Iterator[Problem]:
+    """Words are spread over the ranks of a pipeline, each of which has some of them."""
+    pipeline, mesh, path = known.plan.pipeline, known.plan.mesh, "pipeline.vocabulary"
+    if pipeline.vocabulary == "edges":
+        if pipeline.vocabulary_barriers != 1:
+            rule = "is for words that are spread, and they are on the edge stages"
+            hint = 'leave it out, or set pipeline.vocabulary = "spread"'
+            yield _problem(known, "pipeline.vocabulary_barriers", rule, hint)
+        return
+    if mesh.pp == 1:
+        rule = "spreads words over mesh.pp ranks, of which there is one"
+        yield _problem(known, path, rule, 'set mesh.pp = 2 or more, or use "edges"')
+    if mesh.tp > 1:
+        rule = "has not been proved with mesh.tp > 1, which splits words too"
+        yield _problem(known, path, rule, 'set mesh.tp = 1, or use "edges"')
+    if known.spec is not None and mesh.pp > known.spec.vocab_size:
+        rule = f"exceeds the model's {known.spec.vocab_size} words, which are spread"
+        yield _problem(known, "mesh.pp", rule, f"use at most {known.spec.vocab_size}")
+
+
 def _split_backward(known: Known) -> Iterator[Problem]:
     """Weight passes of their own need the weights as they are, long after the input pass."""
     plan, path = known.plan, "pipeline.schedule"
@@ -523,6 +542,12 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _whole_rounds: (*_ROUNDS, "train.microbatch_tokens"),
     _stages_have_layers: _STAGES,
     _stage_cuts: (*_STAGES, "pipeline.stage_cuts"),
+    _vocabulary_spreads: (
+        "mesh.pp",
+        "mesh.tp",
+        "pipeline.vocabulary",
+        "pipeline.vocabulary_barriers",
+    ),
     _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""

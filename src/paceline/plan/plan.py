@@ -48,6 +48,9 @@ class PipelineConfig(Config):
         stages_per_rank: virtual stages on each rank.
         stage_cuts: index of the first block of every stage but the first. Absent: even FLOPs.
         vocabulary: embedding and head on the edge stages, or spread over all of them.
+        vocabulary_barriers: how often a micro-batch waits for all ranks where it is spread: with
+            2 the gradient of hidden states is made from all ranks' statistics, with 1 from each
+            rank's own, and scaled later. Each holds one more micro-batch's activations.
     """
 
     schedule: Literal[
@@ -57,13 +60,21 @@ class PipelineConfig(Config):
     stages_per_rank: int = 1
     stage_cuts: tuple[int, ...] | None = None
     vocabulary: Literal["edges", "spread"] = "edges"
+    vocabulary_barriers: Literal[1, 2] = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextConfig(Config):
-    """How attention runs over a sequence that is split over `cp`."""
+    """How attention runs over a sequence that is split over `cp`.
+
+    Attributes:
+        method: what ranks send each other.
+        ulysses_degree: with ``ulysses-ring``, ranks that exchange heads; those that have the same
+            heads form a ring. Absent: the largest d that divides cp with d * d <= cp.
+    """
 
     method: Literal["ring", "zigzag-ring", "ulysses", "ulysses-ring", "token-ring"] = "zigzag-ring"
+    ulysses_degree: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,6 +294,14 @@ class Plan(Config):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+
+    @property
+    def ulysses_degree(self) -> int:
+        """How many of the `cp` ranks exchange heads."""
+        cp, degree = self.mesh.cp, self.context.ulysses_degree
+        if self.context.method != "ulysses-ring":
+            return cp if self.context.method == "ulysses" else 1
+        return degree or max(d for d in range(1, cp + 1) if cp % d == 0 and d * d <= cp)
 
     @property
     def zero_stage(self) -> int:

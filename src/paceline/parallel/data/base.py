@@ -71,6 +71,14 @@ class DataParallel(ABC):
         """
         return run()
 
+    def run_words(self, run: Callable[[], None]) -> None:
+        """Runs a pass of a vocabulary that is in no stage, which reads its weights.
+
+        Args:
+            run: the pass; it keeps nothing of them.
+        """
+        run()
+
     @abstractmethod
     def finish_pass(self, model: Decoder) -> None:
         """Called after every backward pass, or part of one, of one stage and micro-batch."""

@@ -29,7 +29,7 @@ from paceline.parallel.data.base import DataParallel
 from paceline.parallel.data.optimizer_sharded import gather_rows, trained_parts
 from paceline.parallel.data.ready_gradients import ReadyGradients
 from paceline.parallel.data.shard_gradients import ShardGradients
-from paceline.parallel.data.units import Unit, Watch, units_of
+from paceline.parallel.data.units import WORDS, Unit, Watch, units_of
 from paceline.plan.layout import Place, padded_share
 from paceline.plan.plan import PrecisionConfig
 
@@ -46,6 +46,7 @@ class ParameterSharded(DataParallel):
     def __init__(self, world: World, precision: PrecisionConfig) -> None:
         super().__init__(world, precision)
         self._rows: dict[nn.Parameter, nn.Parameter] = {}
+        self._units: list[Unit] = []
         self._whole: dict[Unit, tuple[nn.Parameter, ...]] = {}
 
     def wrap(self, model: Decoder) -> None:
@@ -62,7 +63,7 @@ class ParameterSharded(DataParallel):
             name: Part(self._rows[p], places[name].rows(self._span(places[name].box.sizes[0])))
             for name, p in model.named_parameters()
         }
-        units = units_of(model)
+        self._units = units = units_of(model)
         trained = trained_parts(model, parts)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, trained)
         self._ready = ReadyGradients(self._gradients, units)
@@ -71,6 +72,13 @@ class ParameterSharded(DataParallel):
 
     def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:
         return self._watch.around(run, is_first=is_first)
+
+    def run_words(self, run: Callable[[], None]) -> None:
+        units = [unit for unit in self._units if unit.name == WORDS]
+        for unit in units:
+            self._gather(unit, unit.parameters)
+        run()
+        self._free(units)
 
     def before_forward(self, unit: Unit) -> None:
         self._gather(unit, unit.parameters)

@@ -1,7 +1,8 @@
 """The units of a decoder: what is gathered, reduced and freed together, and when.
 
 A unit is a block, or what comes before the first block (embeddings and prelude), or what follows
-the last one (norm and head). The first and the last have a tied embedding in common.
+the last one (norm and head). The first and the last have a tied embedding in common. Embedding and
+head are a unit of their own where they are in no stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from paceline.models.decoder import Decoder
 from paceline.models.ladder import Stream
 
-FIRST, LAST = "first", "last"
+FIRST, LAST, WORDS = "first", "last", "words"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +32,7 @@ class Unit:
     """Parameters that are used together.
 
     Attributes:
-        name: of the block, or `FIRST` or `LAST`.
+        name: of the block, or `FIRST`, `LAST` or `WORDS`.
         parameters: all of them, in the order of the model.
         shared: those that another unit uses too.
         looked_up: those of which the backward pass reads no values.
@@ -69,9 +70,10 @@ def units_of(model: Decoder) -> list[Unit]:
     named = dict(model.named_parameters())
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        groups.setdefault(_unit_of(name), []).append(parameter)
+        unit = _unit_of(name, is_apart=model.vocabulary.is_apart)
+        groups.setdefault(unit, []).append(parameter)
     shared: frozenset[nn.Parameter] = frozenset()
-    if model.spec.tied_embeddings and LAST in groups:
+    if model.spec.tied_embeddings and LAST in groups and WORDS not in groups:
         shared = frozenset([named["embedding.weight"]])
         groups[LAST] += shared
     children = model.named_children()
@@ -89,8 +91,10 @@ def units_of(model: Decoder) -> list[Unit]:
     ]
 
 
-def _unit_of(name: str) -> str:
+def _unit_of(name: str, *, is_apart: bool) -> str:
     top, *rest = name.split(".")
+    if is_apart and top in ("embedding", "head"):
+        return WORDS
     if top == "blocks":
         return f"{top}.{rest[0]}"
     return LAST if top in ("norm", "head") else FIRST

@@ -185,7 +185,7 @@ def _has_term(name: str, spec: ModelSpec) -> bool:
 
 
 def _split_heads(attention: Attention, heads: HeadShare, world: World) -> None:
-    if not _are_in_groups(heads):
+    if not heads.is_grouped:
         attention.key_of_query = heads.key_of_query
     if attention.qk_norm == "all":
         head_dim = attention.head_dim
@@ -203,13 +203,6 @@ def _cross_attention(attention: Attention, world: World, is_sequence_parallel: b
     enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
     attention.register_forward_pre_hook(enter)
     _sum_behind(attention.output, world, is_sequence_parallel)
-
-
-def _are_in_groups(heads: HeadShare) -> bool:
-    """Whether each key head is read by as many query heads, in order."""
-    group, left = divmod(len(heads.query), len(heads.key))
-    in_groups = tuple(query // group for query in range(len(heads.query))) if group else ()
-    return not left and heads.key_of_query == in_groups
 
 
 def _times(heads: range, head_dim: int) -> range:
