@@ -182,7 +182,7 @@ class _Border(torch.autograd.Function):
     def forward(ctx: Any, watcher: Watcher, units: list[Unit], *outputs: Tensor) -> Any:
         ctx.watcher, ctx.units = watcher, units
         same = tuple(output.view_as(output) for output in outputs)
-        return same if len(same) > 1 else same[0]
+        return same[0] if len(same) == 1 else same
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
