@@ -38,7 +38,7 @@ class TensorWeights:
 
 
 class RandomWeights:
-    """Seeded weights: normal matrices, unit norms, zero biases, as functions of seed and name.
+    """Seeded weights: normal matrices, unit norms and scales, zero biases, as functions of seed and name.
 
     Args:
         spec: sizes; ``initializer_std`` is the standard deviation.
@@ -56,6 +56,8 @@ class RandomWeights:
             return torch.zeros(shape)
         if "norm" in name.split(".")[-2]:
             return torch.full(shape, 1.0 - self._spec.norm_offset)
+        if name.endswith(".expert_scales"):
+            return torch.ones(shape)
         draws = rng.normal(shape.numel(), seed=self._seed, purpose="initialise", stream=name)
         values = (draws * self._spec.initializer_std).astype(np.float32)
         return torch.from_numpy(values).view(shape)
