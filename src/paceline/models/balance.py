@@ -29,8 +29,9 @@ from torch import Tensor
 from paceline.models.layout import PADDING, Layout
 
 Sequences = Callable[[Layout], Tensor]
-"""``sequences(layout) -> (R,)``: for each row of tokens the sequence of the batch that it is of, from
-0, or `PADDING`."""
+"""``sequences(layout) -> (R,)``: for each row of tokens the index of its sequence in the batch, or
+`PADDING`.
+"""
 
 
 def sequences_of(layout: Layout) -> Tensor:
