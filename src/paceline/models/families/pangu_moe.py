@@ -1,8 +1,8 @@
 """Pangu Pro MoE (Tang et al., arXiv:2505.21411): experts in groups, and one that all tokens share.
 
 Of each group a token chooses one, so that ranks which hold as many groups have the same load,
-whatever the tokens. Weights are those of the softmax over all experts, times a learned scale of each expert,
-which the published weights have and the paper does not name.
+whatever the tokens. Weights are those of the softmax over all experts, times a learned scale of
+each expert, which the published weights have and the paper does not name.
 """
 
 from __future__ import annotations
