@@ -339,8 +339,7 @@ def _tensor_fits(known: Known) -> Iterator[Problem]:
 
 def _experts_re_group(known: Known) -> Iterator[Problem]:
     """Experts are shared out among the ranks that hold one state."""
-    mesh = known.plan.mesh
-    count = mesh.dp_shard * mesh.cp * mesh.tp
+    mesh, count = known.plan.mesh, _expert_ranks(known.plan)
     if count % mesh.ep:
         rule = f"must divide dp_shard x cp x tp = {count}, which it re-groups"
         near = _nearest(mesh.ep, _divisors(count))
@@ -362,9 +361,16 @@ def _experts_fit(known: Known) -> Iterator[Problem]:
     for what, count in counts.items():
         if count % degree:
             rule = f"must divide the model's {count} {what}, so that ranks have the same load"
-            near = _nearest(degree, _divisors(min(counts.values())))
+            near = _nearest(
+                degree, _divisors(math.gcd(*counts.values(), _expert_ranks(known.plan)))
+            )
             yield _problem(known, "mesh.ep", rule, f"use {near}")
             return
+
+
+def _expert_ranks(plan: Plan) -> int:
+    """Ranks that `mesh.ep` re-groups."""
+    return plan.mesh.dp_shard * plan.mesh.cp * plan.mesh.tp
 
 
 def _divisors(count: int) -> list[int]:
@@ -545,6 +551,7 @@ BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
+_EXPERT_RANKS = ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp")
 _STAGES = ("mesh.pp", "pipeline.stages_per_rank")
 _SPLITS = ("mesh.pp", "mesh.tp", "mesh.ep", "pipeline.schedule")
 _ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
@@ -559,8 +566,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _context_fits: ("train.sequence_length", "peft.method", "peft.virtual_tokens"),
     _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
     _tensor_fits: ("mesh.tp",),
-    _experts_re_group: ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp"),
-    _experts_fit: ("mesh.ep",),
+    _experts_re_group: _EXPERT_RANKS,
+    _experts_fit: _EXPERT_RANKS,
     _experts_have_own_tokens: ("mesh.ep", "mesh.tp", "tensor.sequence_parallel"),
     _balance_has_experts: ("expert.balance_loss_weight", "peft.method"),
     _compiled_whole: ("train.compile", *_SPLITS),

@@ -65,9 +65,10 @@ def run_oracle(model: Decoder, loader: Loader, plan: Plan, num_steps: int) -> li
     steps: list[OracleStep] = []
     for step in range(1, num_steps + 1):
         weight = plan.expert.balance_loss_weight
-        with _Balance(model) as balance:
-            loss, count = _mean_loss(model, loader, step, balance)
-        aim = loss + weight * balance.mean() if weight else loss
+        balance = _Balance(model if weight else None)
+        loss, count = _mean_loss(model, loader, step, balance)
+        aim = loss + weight * balance.mean()
+        balance.close()
         gradients = torch.autograd.grad(aim, list(trained.values()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         limit = plan.optimizer.clip_norm
@@ -105,25 +106,25 @@ def _mean_loss(
 class _Balance:
     """The balance losses of a step, from the routers' scores, which hooks give.
 
+    Args:
+        model: whose routers; None for none.
+
     Attributes:
         documents_BT: of the batch that goes through the model; negative for padding.
     """
 
-    def __init__(self, model: Decoder) -> None:
-        self._model = model
+    def __init__(self, model: Decoder | None) -> None:
         self._handles: list[RemovableHandle] = []
         self._total = torch.zeros((), dtype=torch.float64)
         self._num_sequences: dict[nn.Module, int] = {}
         self.documents_BT = torch.zeros(0, 0)
-
-    def __enter__(self) -> _Balance:
-        for module in self._model.modules():
+        for module in model.modules() if model else ():
             if isinstance(module, MixtureOfExperts):
                 hook = partial(self._add, module)
                 self._handles.append(module.router.register_forward_hook(hook))
-        return self
 
-    def __exit__(self, *_error: object) -> None:
+    def close(self) -> None:
+        """Hears no more of the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -135,16 +136,15 @@ class _Balance:
         """``E / (k T) sum_i count_i 1/T sum_t p_ti`` of every sequence of a layer."""
         spec = module.moe
         in_group = spec.num_experts // spec.num_groups
-        for is_real_T, scores_TE in zip(
-            self.documents_BT >= 0, scores.view(*self.documents_BT.shape, -1), strict=True
-        ):
+        scores_BTE = scores.view(*self.documents_BT.shape, -1)
+        for is_real_T, scores_TE in zip(self.documents_BT >= 0, scores_BTE, strict=True):
             probs_TE = scores_TE[is_real_T].exp()
             probs_TE = probs_TE / probs_TE.sum(dim=1, keepdim=True)
             counts_E = torch.zeros(spec.num_experts, dtype=torch.float64)
             for probs_E in probs_TE.tolist():
                 for first in range(0, spec.num_experts, in_group):
                     group = range(first, first + in_group)
-                    best = sorted(group, key=lambda expert: -probs_E[expert])  # noqa: B023
+                    best = sorted(group, key=probs_E.__getitem__, reverse=True)
                     counts_E[best[: spec.experts_per_token // spec.num_groups]] += 1
             length = max(1, len(probs_TE))
             shares_E = counts_E * spec.num_experts / (spec.experts_per_token * length)
