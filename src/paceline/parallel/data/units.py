@@ -168,9 +168,8 @@ class Watch:
             self._watcher.after_forward(unit)
             if isinstance(output, Tensor):
                 return _Border.apply(self._watcher, [unit], output)
-            both = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
-            x_BTD, output_BTD = cast("tuple[Tensor, Tensor]", both)
-            return output._replace(x_BTD=x_BTD, output_BTD=output_BTD)
+            both: Any = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
+            return output._replace(x_BTD=both[0], output_BTD=both[1])
 
         return hook
 
@@ -181,8 +180,8 @@ class _Border(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, watcher: Watcher, units: list[Unit], *outputs: Tensor) -> Any:
         ctx.watcher, ctx.units = watcher, units
-        same = tuple(output.view_as(output) for output in outputs)
-        return same[0] if len(same) == 1 else same
+        same = [output.view_as(output) for output in outputs]
+        return tuple(same) if len(same) > 1 else same[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
