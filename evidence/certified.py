@@ -113,7 +113,7 @@ def prove(folder: Path, *, names: Iterable[str], num_plans: int) -> list[dict[st
     plans = layouts()
     for name in track([n for n in names if n not in known], "layouts"):
         start_s = time.perf_counter()
-        found = certify(plans[name])
+        found = certify(*plans[name])
         writer.write(
             LayoutRecord(
                 name=name,

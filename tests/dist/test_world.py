@@ -101,3 +101,43 @@ def test_traffic_is_added_up_by_purpose():
     assert traffic.total_bytes("gradients") == 120
     assert traffic.total_bytes("loss") == 8
     assert traffic.total_bytes("nothing") == 0
+
+
+@pytest.mark.ranks
+def test_rows_go_to_other_ranks_and_come_from_them():
+    mesh = MeshConfig(dp_shard=3, ep=3)
+
+    def work(rank: int) -> tuple[list[list[float]], list[Transfer]]:
+        world = World(mesh, rank, CPU)
+        sent = [rank, 2, 0]  # of which rank 0 sends none to itself
+        received = [[0, 1, 2], [2, 2, 2], [0, 0, 0]][rank]
+        rows = torch.full((sum(sent), 2), float(rank))
+        found = world.all_to_all(rows, "ep", sent, received, purpose="a test")
+        return found.tolist(), world.traffic.transfers
+
+    found = run_ranks(work, 3)
+    rows = [[row[0] for row in came] for came, _ in found]
+    assert rows == [[1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0, 2.0, 2.0], []]
+    leaving = [2, 1, 4]
+    for (_, transfers), count in zip(found, leaving, strict=True):
+        assert transfers == [Transfer("all-to-all", ("ep",), count * 2 * 4, "a test")]
+    alone, rows = World(MeshConfig(), 0, CPU), torch.ones(2)
+    assert alone.all_to_all(rows, "ep", [2], [2], purpose="a test") is rows
+
+
+@pytest.mark.ranks
+def test_sums_over_ranks_with_the_same_experts():
+    mesh = MeshConfig(dp_replicate=2, dp_shard=2, tp=2, ep=2)
+
+    def work(rank: int) -> list[float]:
+        world = World(mesh, rank, CPU)
+        tensors = [torch.tensor(2.0**rank) for _ in range(3)]
+        axes = (("ep",), ("ep_replicate",), ("dp_replicate", "ep_replicate"))
+        return [
+            world.sum(tensor, of, purpose="a test").item()
+            for tensor, of in zip(tensors, axes, strict=True)
+        ]
+
+    found = run_ranks(work, 8)
+    assert found[0] == [0b11, 0b101, 0b1010101]
+    assert found[7] == [0b11000000, 0b10100000, 0b10101010]

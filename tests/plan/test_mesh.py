@@ -89,3 +89,12 @@ def test_a_rank_is_named_with_its_place_on_the_axes_that_have_several():
     mesh = MeshConfig(pp=2, dp_shard=1, tp=3)
     assert [mesh.name_rank(rank) for rank in (0, 5)] == ["rank 0 (pp=0 tp=0)", "rank 5 (pp=1 tp=2)"]
     assert MeshConfig().name_rank(0) == "rank 0"
+
+
+def test_experts_re_group_the_ranks_tensor_neighbours_first():
+    mesh = MeshConfig(pp=2, dp_shard=2, cp=2, tp=2, ep=4)
+    assert mesh.ep_replicate == 2
+    # 13 = 1 * 8 + 1 * 4 + 0 * 2 + 1: of the eight ranks of its stage the sixth
+    assert mesh.expert_coordinate(13) == {"pp": 1, "dp_replicate": 0, "ep_replicate": 1, "ep": 1}
+    assert mesh.groups(("ep",))[:2] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert mesh.groups(("ep_replicate",))[:2] == [(0, 4), (1, 5)]

@@ -18,12 +18,15 @@ class Batch:
     Attributes:
         tokens_BT: token ids.
         labels_BT: the token that follows each position, or `IGNORED`.
-        documents_BT: number of each token's document in its row; -1 for padding.
+        documents_BT: number of each token's document in its row; -1 for padding. Of the whole
+            rows, whatever part of them `places_T` names.
+        places_T: the place in its row of each token of the batch; None: all, in order.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
     documents_BT: Tensor
+    places_T: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -32,5 +35,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            self.tokens_BT.to(device), self.labels_BT.to(device), self.documents_BT.to(device)
+            self.tokens_BT.to(device),
+            self.labels_BT.to(device),
+            self.documents_BT.to(device),
+            None if self.places_T is None else self.places_T.to(device),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from itertools import combinations
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,24 +47,29 @@ class PointToPoint:
         world: the ranks; its traffic gets every transfer.
         axis: of the mesh.
         purposes: what is sent, for example ``("activations", "gradients")``.
-        is_full: whether every rank sends to every other, and not to its neighbours alone.
+        distances: between ranks that send each other something, round the axis.
     """
 
     def __init__(
-        self, world: World, axis: str, purposes: tuple[str, ...], *, is_full: bool = False
+        self,
+        world: World,
+        axis: str,
+        purposes: tuple[str, ...],
+        *,
+        distances: Sequence[int] = (1,),
     ) -> None:
         self.world = world
         self.axis = axis
         self.index = world.coordinate(axis)
         self._under_way: deque[_Transfer] = deque()
         self._groups: dict[tuple[str, bool], torch.distributed.ProcessGroup] = {}
-        if world.degree(axis) > 1:
+        if world.degree(axis) > 1 and distances:
             self._groups = {
                 (purpose, is_up): make_group(world.mesh, world.rank, (axis,))
                 for purpose in purposes
                 for is_up in (True, False)
             }
-            self._connect(is_full=is_full)
+            self._connect(distances)
 
     def send(self, tensor: Tensor, destination: int, purpose: str) -> None:
         """Begins to send a tensor, which nobody may change before `finish` has returned.
@@ -115,9 +120,8 @@ class PointToPoint:
         while self._under_way and self._under_way[0].work.is_completed():
             self._under_way.popleft().work.wait()
 
-    def _connect(self, *, is_full: bool) -> None:
-        """Has neighbours on the axis, the last and the first among them, meet in every group, or
-        all pairs of ranks.
+    def _connect(self, distances: Sequence[int]) -> None:
+        """Has ranks so far from each other, round the axis, meet in every group.
 
         NCCL connects two ranks at their first transfer, and both wait for it there. If they first
         met in the order of a schedule, some could wait for others that wait for them; here all
@@ -125,8 +129,9 @@ class PointToPoint:
         """
         degree = self.world.degree(self.axis)
         token = torch.zeros(1, device=self.world.device)
-        neighbours = {tuple(sorted((low, (low + 1) % degree))) for low in range(degree)}
-        pairs = sorted(set(combinations(range(degree), 2)) if is_full else neighbours)
+        pairs = sorted(
+            {tuple(sorted((low, (low + d) % degree))) for low in range(degree) for d in distances}
+        )
         for (_, is_up), group in self._groups.items():
             for pair in pairs:
                 source, destination = pair if is_up else reversed(pair)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.core.env import rank_environment
 from paceline.core.errors import PacelineError, RankError, UsageError
-from paceline.dist.collectives import Traffic
+from paceline.dist.collectives import Pending, Traffic
 from paceline.dist.compat import all_gather, reduce_scatter
 from paceline.dist.failure import hand_over, is_peer_gone
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
@@ -45,12 +45,15 @@ class World:
         self.rank = rank
         self.device = device
         self.traffic = Traffic()
-        self._coordinate = mesh.coordinate(rank)
+        self._coordinate = mesh.coordinate(rank) | mesh.expert_coordinate(rank)
         self._device_mesh: DeviceMesh | None = None
         self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
         if mesh.num_ranks > 1:
             self._device_mesh = init_device_mesh(device.type, mesh.shape, mesh_dim_names=AXES)
             self._groups[DATA_AXES] = make_group(mesh, rank, DATA_AXES)
+        if mesh.ep > 1:
+            for axis in ("ep", "ep_replicate"):
+                self._groups[axis,] = make_group(mesh, rank, (axis,))
 
     @property
     def is_first(self) -> bool:
@@ -68,11 +71,11 @@ class World:
         return self._device_mesh[axes]
 
     def degree(self, axis: str) -> int:
-        """How many ranks there are along an axis of the mesh."""
+        """How many ranks there are along an axis of the mesh, as `coordinate` has them."""
         return getattr(self.mesh, axis)
 
     def coordinate(self, axis: str) -> int:
-        """Where this rank is along an axis of the mesh."""
+        """Where this rank is along an axis of the mesh, ``ep`` and ``ep_replicate`` among them."""
         return self._coordinate[axis]
 
     def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
@@ -85,6 +88,20 @@ class World:
                 self.traffic.add("all-reduce", step, tensor.nbytes, purpose)
                 torch.distributed.all_reduce(tensor, group=self._group(step))
         return tensor
+
+    def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
+        """Starts to sum a tensor in place over the ranks that differ only on `axes`.
+
+        Args:
+            tensor: neither read nor written by anyone until the sum has been waited for.
+            axes: one, or both data axes.
+            purpose: written down with the tensor's bytes.
+        """
+        if all(self.degree(axis) == 1 for axis in axes):
+            return Pending(None)
+        self.traffic.add("all-reduce", axes, tensor.nbytes, purpose)
+        group = self._group(axes)
+        return Pending(torch.distributed.all_reduce(tensor, group=group, async_op=True))
 
     def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
         """The largest of each element over the ranks along an axis, in place."""
@@ -129,6 +146,38 @@ class World:
         reduce_scatter(part, tensor.contiguous(), group=group)
         return part
 
+    def all_to_all(
+        self,
+        rows: Tensor,
+        axis: str,
+        sent: Sequence[int],
+        received: Sequence[int],
+        *,
+        purpose: str,
+    ) -> Tensor:
+        """Gives each rank along an axis some rows of a tensor, and takes what each gives.
+
+        Args:
+            rows: sorted by the rank that they go to.
+            axis: of the mesh.
+            sent: how many rows go to each rank.
+            received: how many come from each.
+            purpose: written down with the bytes of the rows that leave this rank.
+
+        Returns:
+            What has come, in the order of the ranks that it has come from.
+        """
+        if self.degree(axis) == 1:
+            return rows
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        leaving = len(rows) - sent[self.coordinate(axis)]
+        self.traffic.add("all-to-all", (axis,), rows[:leaving].nbytes, purpose)
+        group = self._group((axis,))
+        torch.distributed.all_to_all_single(
+            found, rows.contiguous(), list(received), list(sent), group=group
+        )
+        return found
+
     def collect(self, value: T) -> list[T]:
         """What every rank gives, plain data, in order of rank."""
         if self.mesh.num_ranks == 1:
@@ -151,9 +200,9 @@ class World:
             torch.distributed.barrier()
 
     def _group(self, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
-        if len(axes) == 1:
-            return self.device_mesh(*axes).get_group()
-        return self._groups[axes]
+        if axes in self._groups:
+            return self._groups[axes]
+        return self.device_mesh(*axes).get_group()
 
 
 def _steps(axes: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from paceline.models.attention import Around, Attend, Attention, attend_within, plainly
 from paceline.models.ffn import FeedForward
+from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
 from paceline.models.moe import MixtureOfExperts
@@ -61,6 +62,7 @@ class Decoder(nn.Module):
             it as they are used, so it may differ from theirs.
         prelude: virtual tokens before every document, or None.
         vocabulary: how words are looked up and predicted.
+        attend: the core of attention where a call gives none; another may reach over ranks.
         around_block: calls every block; another may recompute it in the backward pass.
     """
 
@@ -70,11 +72,15 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.prelude: Prelude | None = None
         self.vocabulary: Vocabulary = WholeVocabulary()
+        self.attend: Attend = attend_within
         self.around_block: Around = plainly
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
             self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
+        self.blocks = nn.ModuleList(
+            LadderBlock(spec, layer) if spec.is_ladder(layer) else Block(spec, layer)
+            for layer in range(spec.num_layers)
+        )
         self.norm = make_norm(spec, spec.d_model)
         if not spec.tied_embeddings:
             self.head = Linear(spec.d_model, spec.vocab_size, bias=False)
@@ -89,7 +95,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         layout: Layout | None = None,
         *,
-        attend: Attend = attend_within,
+        attend: Attend | None = None,
         last_only: bool = False,
         is_begun: bool = False,
         head: Head = logits,
@@ -99,7 +105,7 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: token ids.
             layout: where the tokens stand; by default every row is one document from position 0.
-            attend: the core of attention.
+            attend: the core of attention; by default the model's.
             last_only: whether only the last position of each row is wanted.
             is_begun: whether the tokens go on from others that `attend` has kept, the prelude's
                 among them; their positions then count the prelude's too.
@@ -112,7 +118,7 @@ class Decoder(nn.Module):
         tied = TiedEmbedding(self.embedding.weight) if self.spec.tied_embeddings else None
         x_BTD = self.embed(tokens_BT, tied)
         if self.prelude is not None and not is_begun:
-            x_BTD, place, attend = self.prelude(x_BTD, place, attend)
+            x_BTD, place, attend = self.prelude(x_BTD, place, attend or self.attend)
         x_BTD = self.through(self.positioned(x_BTD, place), place, range(len(self.blocks)), attend)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :]
         return self.predict(x_BTD, place, head, tied)
@@ -135,9 +141,10 @@ class Decoder(nn.Module):
         return x_BTD + self.vocabulary.spread(positions_BTD)
 
     def through(
-        self, x_BTD: Tensor, layout: Layout, layers: range, attend: Attend = attend_within
+        self, x_BTD: Tensor, layout: Layout, layers: range, attend: Attend | None = None
     ) -> Tensor:
         """Hidden states after some of the blocks."""
+        attend = attend or self.attend
         angles = self._angles(layout, x_BTD.dtype)
         for layer in layers:
             turned = angles[self.spec.window_of(layer) is not None]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 PADDING = -1
 """Document number of padding tokens."""
@@ -23,12 +27,15 @@ class Layout:
             row is one document. A token attends to earlier tokens of its own document, and to the
             shared ones.
         num_shared: tokens at the front of each row that all of its documents see.
+        whole: of a part of the places of rows, the layout of all of them; else None. Only a core
+            of attention that knows parts can take one.
     """
 
     positions_BT: Tensor
     documents_BT: Tensor | None = None
     num_shared: int = 0
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
+    whole: Layout | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def whole_rows(cls, tokens_BT: Tensor) -> Layout:
@@ -37,11 +44,18 @@ class Layout:
         return cls(positions_T.expand(tokens_BT.shape))
 
     @classmethod
-    def of_documents(cls, documents_BT: Tensor) -> Layout:
+    def of_documents(cls, documents_BT: Tensor, places_T: Tensor | None = None) -> Layout:
         """Rows of consecutive documents; positions start anew with each of them.
 
         Where every row is one document there is none to tell apart, and attention needs no mask.
+
+        Args:
+            documents_BT: number of each token's document, of whole rows.
+            places_T: the places of the rows that the layout is of, which makes it a part of them;
+                absent: all.
         """
+        if places_T is not None:
+            return cls.of_documents(documents_BT)._part(places_T, documents_BT)
         if bool((documents_BT == documents_BT[:, :1]).all()):
             return cls.whole_rows(documents_BT)
         index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(
@@ -51,6 +65,14 @@ class Layout:
         starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
         start_BT = torch.where(starts_BT, index_BT, 0).cummax(dim=1).values
         return cls(index_BT - start_BT, documents_BT)
+
+    def _part(self, places_T: Tensor, documents_BS: Tensor) -> Layout:
+        """Some places of this layout. Padding may be longer than the rows' context is, so all of it
+        stands at position 0, which nobody sees.
+        """
+        documents_BT = documents_BS[:, places_T]
+        positions_BT = self.positions_BT[:, places_T].masked_fill(documents_BT == PADDING, 0)
+        return Layout(positions_BT, documents_BT, whole=self)
 
     def behind(self, num_shared: int) -> Layout:
         """The layout after shared tokens, which are put before every row."""
@@ -67,10 +89,19 @@ class Layout:
         """True where a query may see a key, or None where the plain causal mask will do.
 
         Made once for each window; all layers of a pass share it.
+
+        Raises:
+            RuntimeError: the layout is a part of its rows, whose queries see keys elsewhere.
         """
-        if window not in self._masks:
-            self._masks[window] = self._mask_B1TT(window)
-        return self._masks[window]
+        if self.whole is not None:
+            raise RuntimeError("a part of rows needs a core of attention that knows parts")
+        return self.once(window, lambda: self._mask_B1TT(window))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What cores of attention make of a layout: made once for each key, all layers share it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _mask_B1TT(self, window: int | None) -> Tensor | None:
         length = self.positions_BT.shape[1]

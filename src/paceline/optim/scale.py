@@ -30,7 +30,7 @@ class LossScale:
     """Scales the losses of one step.
 
     Args:
-        local_count: valid tokens of this rank's micro-batches of the step.
+        local_count: valid tokens of this rank's micro-batches of the step, of whole sequences.
         world: to sum the counts over.
 
     Raises:
@@ -52,10 +52,11 @@ class LossScale:
         """The mean loss of the step, the same on every rank.
 
         Args:
-            local_sum: sum of the losses of this rank's micro-batches, float64; 0 on the ranks of
-                a pipeline that do not see the loss.
+            local_sum: sum of the losses of this rank's micro-batches, float64: of its part of
+                their tokens where ranks share sequences, 0 on the ranks of a pipeline that do not
+                see the loss.
         """
-        axes = ("pp", *DATA_AXES)
+        axes = ("pp", *DATA_AXES, "cp")
         return self._world.sum(local_sum, axes, purpose="loss").item() / self.count
 
 

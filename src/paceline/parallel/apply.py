@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> pp -> tp -> remat -> compile -> data -> memory and weights
+peft -> freeze -> pp -> tp -> cp -> remat -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from paceline.models.decoder import Decoder
 from paceline.models.peft.attach import attach
 from paceline.models.weights import Weights, build, fill
 from paceline.optim.parts import Part
+from paceline.parallel.context.share import SharedSequences
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
 from paceline.parallel.pipeline import SCHEDULES
@@ -46,6 +47,7 @@ class ParallelModel:
         data: how data ranks share its state.
         parts: what this rank holds of each parameter.
         tensor: how its matrices are split over ranks, if they are.
+        context: how its sequences are shared by ranks, if they are.
         added: names of the parameters that fine-tuning has added, if it has: the only ones that
             are trained and saved.
     """
@@ -55,6 +57,7 @@ class ParallelModel:
     data: DataParallel
     parts: dict[str, Part]
     tensor: SplitDecoder | None = None
+    context: SharedSequences | None = None
     added: frozenset[str] = frozenset()
 
     @property
@@ -65,6 +68,8 @@ class ParallelModel:
     def finish_gradients(self) -> None:
         """Called after the last backward of a step; then gradients of parts are whole sums."""
         self.data.finish_gradients(self.module)
+        if self.context is not None:
+            self.context.finish_gradients(self.parts, self.parts, self.data.reduce_dtype)
         if self.tensor is not None:
             self.tensor.finish_gradients(self.parts, self.data.spread_axes)
         self.passes.finish_gradients(self.parts)
@@ -111,6 +116,9 @@ def apply(
     places |= of_words
     if cut.other_end is not None and cut.has_last:
         places[EMBEDDING] = places[EMBEDDING].disowned()
+    context = SharedSequences(plan, world) if plan.mesh.cp > 1 else None
+    if context is not None:
+        model.attend = context.attend
     recompute(model, REMAT.load(plan.memory.remat))
     if is_compiled(plan, world.device):
         for block in model.blocks:
@@ -132,8 +140,10 @@ def apply(
         run_stage=data.run_stage,
         on_ready=data.on_ready,
         finished=partial(data.finish_pass, model),
+        share=context.share if context else lambda batch: batch,
     )
-    return ParallelModel(model, passes, data, data.hold(model, places), tensor, attached.added)
+    parts = data.hold(model, places)
+    return ParallelModel(model, passes, data, parts, tensor, context, attached.added)
 
 
 def _split(
@@ -177,7 +187,8 @@ def is_compiled(plan: Plan, device: torch.device) -> bool:
     if plan.train.compile != "auto":
         return plan.train.compile == "on"
     schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
-    is_plain = plan.mesh.tp == plan.mesh.pp == 1 and not schedule.splits_backward
+    mesh = plan.mesh
+    is_plain = mesh.tp == mesh.pp == mesh.cp == 1 and not schedule.splits_backward
     return is_plain and device.type == "cuda" and plan.precision.compute != "float64"
 
 

@@ -335,6 +335,22 @@ def _tensor_fits(known: Known) -> Iterator[Problem]:
             yield _problem(known, "mesh.tp", rule, hint)
 
 
+def _ladder_fits(known: Known) -> Iterator[Problem]:
+    """Between a ladder's layers goes an output that is under way; in its sums, whole tokens."""
+    plan, spec = known.plan, known.spec
+    if spec is None or spec.ladder_from is None:
+        return
+    if plan.mesh.pp > 1:
+        rule = "cuts a model whose ladder residual has an output under way between its layers"
+        yield _problem(known, "mesh.pp", rule, "use 1; mesh.tp and mesh.dp_shard split it too")
+    if plan.mesh.tp > 1 and plan.tensor.sequence_parallel:
+        rule = "splits the tokens of a residual stream that is a ladder, whose sums are whole"
+        yield _problem(known, "tensor.sequence_parallel", rule, "set it to false")
+    if plan.mesh.tp > 1 and spec.moe is not None:
+        rule = "has not been proved with experts in a ladder residual"
+        yield _problem(known, "mesh.tp", rule, "use 1")
+
+
 def _compiled_whole(known: Known) -> Iterator[Problem]:
     """Blocks are compiled where they are whole, and so are their backward passes."""
     if known.plan.train.compile == "on":
@@ -517,6 +533,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _context_fits: ("train.sequence_length", "peft.method", "peft.virtual_tokens"),
     _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
     _tensor_fits: ("mesh.tp",),
+    _ladder_fits: ("mesh.pp", "mesh.tp", "tensor.sequence_parallel"),
     _compiled_whole: ("train.compile", *_SPLITS),
     _peft_whole: ("peft.method", *_SPLITS),
     _frozen_once: ("peft.method", "train.freeze"),

@@ -13,6 +13,9 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes whose ranks read different data."""
 
+EXPERT_AXES = ("pp", "dp_replicate", "ep_replicate", "ep")
+"""The same ranks as experts see them: dp_shard x cp x tp, re-grouped, ep innermost."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig(Config):
@@ -44,6 +47,11 @@ class MeshConfig(Config):
         return math.prod(self.shape)
 
     @property
+    def ep_replicate(self) -> int:
+        """Ranks of dp_shard x cp x tp that hold the same experts."""
+        return self.dp_shard * self.cp * self.tp // self.ep
+
+    @property
     def num_data_ranks(self) -> int:
         """How many ranks read different data."""
         return self.dp_replicate * self.dp_shard
@@ -57,6 +65,14 @@ class MeshConfig(Config):
             rank, coordinates[axis] = divmod(rank, degree)
         return {axis: coordinates[axis] for axis in AXES}
 
+    def expert_coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` sits on each of `EXPERT_AXES`."""
+        coordinate = self.coordinate(rank)
+        flat = (coordinate["dp_shard"] * self.cp + coordinate["cp"]) * self.tp + coordinate["tp"]
+        replicate, index = divmod(flat, self.ep)
+        places = coordinate["pp"], coordinate["dp_replicate"], replicate, index
+        return dict(zip(EXPERT_AXES, places, strict=True))
+
     def name_rank(self, rank: int) -> str:
         """A rank and its place on the axes that have several: ``rank 3 (pp=1 tp=1)``."""
         coordinate = self.coordinate(rank)
@@ -69,10 +85,16 @@ class MeshConfig(Config):
         return coordinate["dp_replicate"] * self.dp_shard + coordinate["dp_shard"]
 
     def groups(self, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
-        """All sets of ranks that differ only on `axes`, each in order of rank."""
+        """All sets of ranks that differ only on `axes`, each in order of rank.
+
+        Args:
+            axes: all of `AXES`, or all of `EXPERT_AXES`.
+        """
+        view = AXES if set(axes) <= set(AXES) else EXPERT_AXES
+        locate = self.coordinate if view is AXES else self.expert_coordinate
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.num_ranks):
-            coordinate = self.coordinate(rank)
-            fixed = tuple(coordinate[axis] for axis in AXES if axis not in axes)
+            coordinate = locate(rank)
+            fixed = tuple(coordinate[axis] for axis in view if axis not in axes)
             members.setdefault(fixed, []).append(rank)
         return [tuple(ranks) for ranks in members.values()]

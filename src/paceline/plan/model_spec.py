@@ -86,6 +86,8 @@ class ModelSpec(Config):
         output_bias: whether attention's output projection has one.
         ffn_bias: whether the feed-forward's projections have biases.
         initializer_std: of the weights of a random model.
+        ladder_from: the first layer whose residual is a ladder (`paceline.models.ladder`), as are
+            all after it; 0: every layer is, None: none.
     """
 
     family: str
@@ -118,6 +120,7 @@ class ModelSpec(Config):
     output_bias: bool = False
     ffn_bias: bool = False
     initializer_std: float = 0.02
+    ladder_from: int | None = None
 
     @property
     def d_query(self) -> int:
@@ -132,6 +135,10 @@ class ModelSpec(Config):
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, None where it sees the whole document."""
         return None if layer in self.global_layers else self.window
+
+    def is_ladder(self, layer: int) -> bool:
+        """Whether a layer's residual is a ladder."""
+        return self.ladder_from is not None and layer >= self.ladder_from
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts."""

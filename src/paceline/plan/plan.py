@@ -65,9 +65,16 @@ class PipelineConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextConfig(Config):
-    """How attention runs over a sequence that is split over `cp`."""
+    """How attention runs over a sequence that is split over `cp`.
+
+    Attributes:
+        method: what ranks send each other.
+        ulysses_degree: with ``ulysses-ring``, ranks that exchange heads; those that have the same
+            heads form a ring. Absent: the largest d that divides cp with d * d <= cp.
+    """
 
     method: Literal["ring", "zigzag-ring", "ulysses", "ulysses-ring", "token-ring"] = "zigzag-ring"
+    ulysses_degree: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +294,14 @@ class Plan(Config):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+
+    @property
+    def ulysses_degree(self) -> int:
+        """How many of the `cp` ranks exchange heads."""
+        cp, degree = self.mesh.cp, self.context.ulysses_degree
+        if self.context.method != "ulysses-ring":
+            return cp if self.context.method == "ulysses" else 1
+        return degree or max(d for d in range(1, cp + 1) if cp % d == 0 and d * d <= cp)
 
     @property
     def zero_stage(self) -> int:

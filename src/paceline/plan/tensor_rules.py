@@ -27,6 +27,13 @@ class HeadShare:
     owned_key: range
     key_of_query: tuple[int, ...]
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether each key head is read by as many query heads, in order."""
+        group, left = divmod(len(self.query), len(self.key))
+        in_groups = tuple(head // group for head in range(len(self.query))) if group else ()
+        return not left and self.key_of_query == in_groups
+
 
 def even_share(size: int, tp: int, rank: int) -> range:
     """Which of `size` things a rank has; shares are neighbours and differ by one at most."""

@@ -66,7 +66,8 @@ def evaluate(
         total[1] += sum(batch.count for batch in several)
     model.finish_evaluation()
     model.module.train()
-    world.sum(total[:1], ("pp",), purpose="held-out loss")  # the last stage alone has seen it
+    # The last stage alone has seen it, and each rank of a sequence its part of it.
+    world.sum(total[:1], ("pp", "cp"), purpose="held-out loss")
     loss_sum, count = world.sum(total, DATA_AXES, purpose="held-out loss").tolist()
     if count == 0:
         raise DataError("the held-out rows have no valid token", hint="give more --eval-data")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.mesh import MeshConfig
+from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import (
     MemoryConfig,
     PipelineConfig,
@@ -14,6 +15,7 @@ from paceline.plan.plan import (
     TrainConfig,
     ZeroConfig,
 )
+from paceline.verify.tiny import tiny_spec
 
 _LENGTH = 17  # no number of ranks divides it
 _SEQUENCES = 12  # of each data rank
@@ -22,10 +24,17 @@ _STAGES = (0, 1, 2, 3)
 _REMATS = ("none", "selective", "full")
 
 
-def layouts() -> dict[str, Plan]:
-    """Name to plan: each axis alone, then axes together, then rematerialisation."""
+class Entry(NamedTuple):
+    """A layout that is certified, and the model that it is certified on."""
+
+    plan: Plan
+    spec: ModelSpec
+
+
+def layouts() -> dict[str, Entry]:
+    """Name to plan and model: each axis alone, then axes together, then rematerialisation."""
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat()]
-    return {name_of(plan): plan for plan in plans}
+    return {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
 
 
 def name_of(plan: Plan) -> str:

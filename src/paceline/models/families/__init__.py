@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from paceline.core.errors import ConfigError, Problem, UsageError, name_hint
 from paceline.core.registry import NameTable
+from paceline.models.ladder_config import is_ladder, plain_part
 from paceline.plan.model_spec import ModelSpec
 
 _SIZES = (
@@ -76,6 +78,8 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
         UsageError: a family or a feature that this version does not compute; names it.
         ConfigError: sizes that make no model, all of them.
     """
+    if is_ladder(config):
+        return _ladder_spec(config, source)
     model_type = str(config.get("model_type"))
     if model_type not in _MODEL_TYPES:
         hint = name_hint(model_type, _MODEL_TYPES)
@@ -95,6 +99,31 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
     if problems := _problems(spec):
         raise ConfigError(problems, source=source)
     return spec
+
+
+def _ladder_spec(config: Mapping[str, Any], source: str) -> ModelSpec:
+    try:
+        plain, first_layer = plain_part(config)
+    except KeyError as error:
+        raise UsageError(f"{source}: lacks the key {error}") from error
+    except TypeError as error:
+        raise UsageError(f"{source}: a value is not what its key needs: {error}") from error
+    spec = replace(spec_from_config(plain, source=source), ladder_from=first_layer)
+    spec = ModelSpec.from_dict(spec.to_dict(), source=source)
+    if problems := _ladder_problems(spec):
+        raise ConfigError(problems, source=source)
+    return spec
+
+
+def _ladder_problems(spec: ModelSpec) -> list[Problem]:
+    first, problems = spec.ladder_from, list[Problem]()
+    if first is None or not 0 <= first < spec.num_layers:
+        rule = f"must be a layer, from 0 to {spec.num_layers - 1}"
+        problems.append(Problem("ladder_from", str(first), rule))
+    if spec.norm_placement != "before":
+        rule = "must be before: a norm behind a sublayer needs its output at once"
+        problems.append(Problem("norm_placement", spec.norm_placement, rule))
+    return problems
 
 
 def _problems(spec: ModelSpec) -> list[Problem]:

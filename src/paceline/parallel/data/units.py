@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.models.decoder import Decoder
+from paceline.models.ladder import Stream
 
 FIRST, LAST, WORDS = "first", "last", "words"
 
@@ -152,7 +153,7 @@ class Watch:
     def _leave(self, output: Tensor) -> Tensor:
         for unit in self._open:
             self._watcher.after_forward(unit)
-        return _Border.apply(output, self._watcher, self._open)
+        return _Border.apply(self._watcher, self._open, output)
 
     def _entry(self, unit: Unit) -> Callable[[nn.Module, Any], None]:
         @_eager
@@ -161,11 +162,14 @@ class Watch:
 
         return hook
 
-    def _exit(self, unit: Unit) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def _exit(self, unit: Unit) -> Callable[[nn.Module, Any, Tensor | Stream], Tensor | Stream]:
         @_eager
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor | Stream) -> Tensor | Stream:
             self._watcher.after_forward(unit)
-            return _Border.apply(output, self._watcher, [unit])
+            if isinstance(output, Tensor):
+                return _Border.apply(self._watcher, [unit], output)
+            both: Any = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
+            return output._replace(x_BTD=both[0], output_BTD=both[1])
 
         return hook
 
@@ -174,12 +178,13 @@ class _Border(torch.autograd.Function):
     """The identity; its backward pass comes before that of what made its input."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, watcher: Watcher, units: list[Unit]) -> Tensor:
+    def forward(ctx: Any, watcher: Watcher, units: list[Unit], *outputs: Tensor) -> Any:
         ctx.watcher, ctx.units = watcher, units
-        return output.view_as(output)
+        same = tuple(output.view_as(output) for output in outputs)
+        return same if len(same) > 1 else same[0]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         for unit in ctx.units:
             ctx.watcher.before_backward(unit)
-        return grad_outputs[0], None, None
+        return None, None, *grad_outputs

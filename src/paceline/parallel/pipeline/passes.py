@@ -65,6 +65,7 @@ class Passes:
             whether the stage looks tokens up.
         on_ready: is told of each parameter whose gradient a weight pass has completed.
         finished: is called after each backward and weight pass.
+        share: gives the places of a batch that this rank has.
         clock: of the trace.
 
     Attributes:
@@ -85,6 +86,7 @@ class Passes:
         run_stage: Callable[[Callable[[], Tensor], bool], Tensor],
         on_ready: Callable[[Tensor], None],
         finished: Callable[[], None],
+        share: Callable[[Batch], Batch] = lambda batch: batch,
         clock: Clock | None = None,
     ) -> None:
         self._cut, self._models = cut, models
@@ -94,12 +96,15 @@ class Passes:
         self._deferred = deferred
         self._run_stage = run_stage
         self._on_ready, self._finished = on_ready, finished
+        self._share = share
         self._clock = clock or WallClock()
         self._peers = PointToPoint(world, "pp", (*PURPOSES, TIED))
         self._spread = spread
         if spread:
             purposes = tuple(WORD_PURPOSES.values())
-            self._word_peers = PointToPoint(world, "pp", purposes, is_full=True)
+            self._word_peers = PointToPoint(
+                world, "pp", purposes, distances=range(1, world.degree("pp"))
+            )
         self._batches: Sequence[Batch] = ()
         self._runtimes: dict[tuple[int, bool], Runtime] = {}
         self.trace: list[Span] = []
@@ -147,7 +152,7 @@ class Passes:
         *,
         is_evaluation: bool,
     ) -> Tensor:
-        self._batches = [batch.to(self._world.device) for batch in batches]
+        self._batches = [self._share(batch.to(self._world.device)) for batch in batches]
         self._objective, self._scaled = objective, scaled
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
         runtime = self._runtime(len(batches), is_evaluation=is_evaluation)

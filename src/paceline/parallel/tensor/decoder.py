@@ -43,6 +43,7 @@ from paceline.dist.world import World
 from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
 from paceline.models.ffn import FeedForward
+from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, Product, RMSNorm
 from paceline.optim.parts import Part
@@ -54,6 +55,7 @@ from paceline.parallel.tensor.boundary import (
     scatter_rows,
     sum_up,
 )
+from paceline.parallel.tensor.ladder import OverlappedSums, leave_term
 from paceline.parallel.tensor.norm import SplitRMSNorm
 from paceline.parallel.tensor.vocabulary import SplitVocabulary, as_tokens
 from paceline.plan.layout import Box, Place
@@ -123,19 +125,30 @@ def split(
         places[name] = _place(tuple(model.get_parameter(name).shape), rules[name], rank)
         _cut(model, name, places[name])
     heads = head_share(spec.num_heads, spec.num_kv_heads, degree, rank)
-    for module in list(model.modules()):
-        if isinstance(module, Attention):
-            _split_attention(module, heads, world, is_sequence_parallel)
+    in_ladder: set[nn.Module] = set()
+    for module in list(model.modules()):  # a block before its parts
+        if isinstance(module, LadderBlock):
+            module.overlap = OverlappedSums(world)
+            in_ladder |= {module.attention, module.ffn}
+        elif isinstance(module, Attention):
+            _split_heads(module, heads, world)
+            if module in in_ladder:
+                leave_term(module.output, world)
+            else:
+                _cross_attention(module, world, is_sequence_parallel)
         elif isinstance(module, FeedForward):
-            _split_ffn(module, world, is_sequence_parallel)
+            if module in in_ladder:
+                leave_term(module.down, world)
+            else:
+                _cross_ffn(module, world, is_sequence_parallel)
     model.vocabulary = SplitVocabulary(
         spec.vocab_size, world, is_sequence_parallel=is_sequence_parallel
     )
     whole = {name for name in names if rules[name].dim is None}
-    of_heads = {name for name in whole if ".query_norm." in name or ".key_norm." in name}
+    partial_names = {name for name in whole if _has_term(name, spec)}
     return SplitDecoder(
         places=places,
-        partial=frozenset(whole if is_sequence_parallel else of_heads),
+        partial=frozenset(whole if is_sequence_parallel else partial_names),
         copied=frozenset(name for name in names if rules[name].copied),
         world=world,
     )
@@ -163,14 +176,17 @@ def _cut(model: nn.Module, name: str, place: Place) -> None:
     setattr(model.get_submodule(owner), leaf, part)
 
 
-def _split_attention(
-    attention: Attention, heads: HeadShare, world: World, is_sequence_parallel: bool
-) -> None:
-    if not _are_in_groups(heads):
+def _has_term(name: str, spec: ModelSpec) -> bool:
+    """Whether a rank's gradient of a whole parameter is a term, where tokens are not split."""
+    if ".query_norm." in name or ".key_norm." in name:
+        return True
+    top, *rest = name.split(".")
+    return top == "blocks" and spec.is_ladder(int(rest[0]))
+
+
+def _split_heads(attention: Attention, heads: HeadShare, world: World) -> None:
+    if not heads.is_grouped:
         attention.key_of_query = heads.key_of_query
-    enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
-    attention.register_forward_pre_hook(enter)
-    _sum_behind(attention.output, world, is_sequence_parallel)
     if attention.qk_norm == "all":
         head_dim = attention.head_dim
         for name, own, owned in (
@@ -183,18 +199,17 @@ def _split_attention(
             setattr(attention, name, SplitRMSNorm(whole, columns, mine, world))
 
 
-def _are_in_groups(heads: HeadShare) -> bool:
-    """Whether each key head is read by as many query heads, in order."""
-    group, left = divmod(len(heads.query), len(heads.key))
-    in_groups = tuple(query // group for query in range(len(heads.query))) if group else ()
-    return not left and heads.key_of_query == in_groups
+def _cross_attention(attention: Attention, world: World, is_sequence_parallel: bool) -> None:
+    enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
+    attention.register_forward_pre_hook(enter)
+    _sum_behind(attention.output, world, is_sequence_parallel)
 
 
 def _times(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _split_ffn(ffn: FeedForward, world: World, is_sequence_parallel: bool) -> None:
+def _cross_ffn(ffn: FeedForward, world: World, is_sequence_parallel: bool) -> None:
     enter = gather_rows if is_sequence_parallel else copy_in
     ffn.register_forward_pre_hook(lambda _ffn, inputs: (enter(inputs[0], world),))
     _sum_behind(ffn.down, world, is_sequence_parallel)

@@ -14,7 +14,8 @@ from paceline.models.vocabulary import Output
 def next_token(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of ``-log p(label)`` over the labels that are not ignored."""
     head = partial(_loss, labels_BT=batch.labels_BT)
-    return model(batch.tokens_BT, Layout.of_documents(batch.documents_BT), head=head)
+    layout = Layout.of_documents(batch.documents_BT, batch.places_T)
+    return model(batch.tokens_BT, layout, head=head)
 
 
 def _loss(x_BTD: Tensor, output: Output, *, labels_BT: Tensor) -> Tensor:
