@@ -162,6 +162,7 @@ def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
     stage: Any = dice.pick("zero", [0, 1, 2, 3]) if mesh.dp_shard > 1 else 0
     sharder: Any = dice.pick("sharder", ["auto", "own"]) if stage == 3 else "auto"
     is_alone = mesh.pp == mesh.tp == 1
+    barriers: Any = dice.pick("barriers", [0, 0, 1, 2]) if mesh.pp > 1 == mesh.tp else 0
     method = dice.pick("peft", ["none", "none", *PEFT]) if is_alone else "none"
     plan = Plan(
         mesh=mesh,
@@ -170,7 +171,11 @@ def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
             sequence_parallel=mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
         ),
         pipeline=PipelineConfig(
-            schedule=schedule, num_microbatches=num_microbatches, stages_per_rank=per_rank
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            stages_per_rank=per_rank,
+            vocabulary="spread" if barriers else "edges",
+            vocabulary_barriers=barriers or 1,
         ),
         memory=MemoryConfig(remat=dice.pick("remat", ["none", "selective", "full"])),
         peft=PeftConfig(method=method),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from paceline.parallel.pipeline import SCHEDULES
@@ -21,6 +22,7 @@ _LENGTH = 17  # no number of ranks divides it
 _SEQUENCES = 12  # of each data rank
 _TWO_SCHEDULES = ("one-f-one-b", "zero-bubble-v")
 _STAGES = (0, 1, 2, 3)
+_BARRIERS: tuple[Literal[1, 2], ...] = (1, 2)
 _REMATS = ("none", "selective", "full")
 
 
@@ -34,7 +36,8 @@ class Entry(NamedTuple):
 def layouts() -> dict[str, Entry]:
     """Name to plan and model: each axis alone, then axes together, then rematerialisation."""
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat()]
-    return {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
+    tied = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in (*plans, *_spread())}
+    return tied | _untied()
 
 
 def name_of(plan: Plan) -> str:
@@ -44,6 +47,9 @@ def name_of(plan: Plan) -> str:
     ]
     if plan.mesh.pp > 1:
         words.append(plan.pipeline.schedule)
+    if plan.pipeline.vocabulary == "spread":
+        count = plan.pipeline.vocabulary_barriers
+        words.append(f"words spread, {count} barrier{'s' * (count > 1)}")
     if plan.mesh.dp_shard > 1:
         is_own = plan.zero.sharder == "own"
         words.append(f"ZeRO {plan.zero_stage}{', own sharder' if is_own else ''}")
@@ -61,6 +67,7 @@ def _plan(
     schedule: str | None = None,
     remat: str = "none",
     is_sequence_parallel: bool = True,
+    barriers: Literal[0, 1, 2] = 0,
     **mesh: int,
 ) -> Plan:
     config = MeshConfig(**mesh)
@@ -74,6 +81,8 @@ def _plan(
             schedule=values["schedule"],
             stages_per_rank=traits.min_stages_per_rank if traits else 1,
             num_microbatches=_SEQUENCES if config.pp > 1 else _SEQUENCES // 2,
+            vocabulary="spread" if barriers else "edges",
+            vocabulary_barriers=barriers or 1,
         ),
         memory=MemoryConfig(remat=values["remat"]),
         train=TrainConfig(
@@ -122,3 +131,36 @@ def _remat() -> list[Plan]:
             _plan(remat=remat, pp=2, tp=2, dp_shard=2, stage=3, schedule="zero-bubble"),
         ]
     return plans
+
+
+def _spread() -> list[Plan]:
+    """Words spread over the ranks of a pipeline."""
+    plans = [
+        _plan(pp=pp, schedule=schedule, barriers=barriers)
+        for pp in (2, 3, 4)
+        for schedule in SCHEDULES
+        for barriers in _BARRIERS
+    ]
+    for stage in _STAGES:
+        plans += [
+            _plan(pp=2, dp_shard=2, stage=stage, schedule=schedule, barriers=barriers)
+            for schedule in _TWO_SCHEDULES
+            for barriers in _BARRIERS
+        ]
+    plans += [_plan(pp=2, dp_replicate=2, schedule="v-half", barriers=n) for n in _BARRIERS]
+    plans += [_plan(pp=2, remat="full", schedule=s, barriers=1) for s in _TWO_SCHEDULES]
+    return plans
+
+
+def _untied() -> dict[str, Entry]:
+    """The same with a head that is no embedding, of which each rank has words too."""
+    plans = [
+        _plan(pp=pp, schedule=schedule, barriers=barriers)
+        for pp, schedule in ((2, "one-f-one-b"), (3, "v-half"), (4, "interleaved"))
+        for barriers in _BARRIERS
+    ]
+    plans += [_plan(pp=2, dp_shard=2, stage=stage, barriers=1) for stage in _STAGES[1:]]
+    return {
+        f"{name_of(plan)}, untied": Entry(plan, replace(tiny_spec(plan), tied_embeddings=False))
+        for plan in plans
+    }

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.parallel.pipeline import SCHEDULES
-from paceline.parallel.pipeline.base import Action, Kind, RankActions
+from paceline.parallel.pipeline.base import Action, Kind, Line, RankActions
 from paceline.parallel.pipeline.communicate import (
     RECEIVES,
     SENDS,
     add_transfers,
-    channel_of,
+    channels_of,
     check,
-    other_end,
+    other_ends,
 )
 
 KINDS = {kind.value: kind for kind in Kind}
@@ -69,20 +69,22 @@ def test_what_is_taken_first_but_sent_last_is_received_in_the_order_of_its_chann
 
 
 def test_ends_and_channels():
-    ranks = {0: 0, 1: 1, 2: 1, 3: 0}
+    line = Line({0: 0, 1: 1, 2: 1, 3: 0})
     for text, expected in (
-        ("SF0.5", ("RF1.5", (0, 1, True))),
-        ("SF2.5", ("RF3.5", (1, 0, True))),
-        ("SB1.5", ("RB0.5", (1, 0, False))),
-        ("SB3.5", ("RB2.5", (0, 1, False))),
+        ("SF0.5", ("RF1.5", (0, 1, Kind.SEND_FORWARD))),
+        ("SF2.5", ("RF3.5", (1, 0, Kind.SEND_FORWARD))),
+        ("SB1.5", ("RB0.5", (1, 0, Kind.SEND_BACKWARD))),
+        ("SB3.5", ("RB2.5", (0, 1, Kind.SEND_BACKWARD))),
     ):
         ((send,),) = parsed(text)
-        receive = other_end(send)
-        assert (repr(receive), channel_of(send, ranks)) == expected
-        assert channel_of(receive, ranks) == expected[1]
-        assert other_end(receive) == send
+        (receive,) = other_ends(send, line)
+        assert (repr(receive), channels_of(send, line)) == (expected[0], {expected[1]: send})
+        assert channels_of(receive, line) == {expected[1]: send}
+        assert other_ends(receive, line) == (send,)
+    assert other_ends(Action(Kind.SEND_FORWARD, 1, 5), line) == ()  # handed over
+    assert other_ends(Action(Kind.SEND_FORWARD, 3, 5), line) == ()  # beyond the end
     with pytest.raises(ValueError, match=r"F0\.0 is no transfer"):
-        other_end(Action(Kind.FORWARD, 0, 0))
+        other_ends(Action(Kind.FORWARD, 0, 0), line)
 
 
 @pytest.mark.parametrize(
