@@ -38,8 +38,8 @@ class Entry(NamedTuple):
 
 
 def layouts() -> dict[str, Entry]:
-    """Name to plan and model: each axis alone, then axes together, rematerialisation, words that are
-    spread, sequences that are shared.
+    """Name to plan and model: each axis alone, then axes together, rematerialisation, and what
+    spreads words and shares sequences.
     """
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat(), *_spread(), *_context()]
     found = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}

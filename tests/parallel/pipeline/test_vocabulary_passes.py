@@ -119,7 +119,7 @@ def test_an_evaluation_runs_forward_passes_and_scores_alone(name):
     spread = spread_vocabulary(waves, ONE)
     assert spread == spread_vocabulary(waves, TWO)
     kinds = {str(action.kind) for own in add_transfers(spread) for action in own}
-    assert kinds <= {*"E F S L SE RE SF RF SH RH SS RS".split()}
+    assert kinds <= {*["E", "F", "S", "L", "SE", "RE", "SF", "RF", "SH", "RH", "SS", "RS"]}
     timeline(spread)  # and all of them can
 
 
