@@ -28,7 +28,7 @@ from paceline.models.attention import Attend, Attention
 from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
 from paceline.models.linear import make_norm
-from paceline.models.moe import MixtureOfExperts
+from paceline.models.moe import MixtureOfExperts, feed
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -111,5 +111,7 @@ class LadderBlock(nn.Module):
             stream,
             lambda x_BTD: self.attention(self.attention_norm(x_BTD), layout, angles, attend),
         )
-        stream = self.overlap.step(stream, lambda x_BTD: self.ffn(self.ffn_norm(x_BTD)))
+        stream = self.overlap.step(
+            stream, lambda x_BTD: feed(self.ffn, self.ffn_norm(x_BTD), layout)
+        )
         return self.overlap.close(stream) if self._is_last else stream
