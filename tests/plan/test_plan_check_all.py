@@ -37,6 +37,8 @@ VALUES: dict[str, list[Any]] = {
     "pipeline.num_microbatches": [None, None, 1, 2, 4, 5, 0],
     "pipeline.stages_per_rank": [1, 1, 2, 3, 9, 0],
     "pipeline.stage_cuts": [None, None, None, (2,), (3, 3)],
+    "pipeline.vocabulary": ["edges", "edges", "edges", "spread"],
+    "pipeline.vocabulary_barriers": [1, 1, 1, 2],
     "precision.params": ["float32", "float32", "float64"],
     "precision.compute": ["float32", "float32", "float64"],
     "precision.reduce": ["float32", "float32", "float64"],
@@ -105,6 +107,7 @@ BASIC = (
 STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 ROUNDS = ("pipeline.num_microbatches", *STEP, "pipeline.schedule", "mesh.pp")
 PRECISION = ("precision.params", "precision.compute", "precision.reduce")
+WORDS = ("pipeline.vocabulary", "pipeline.vocabulary_barriers", "mesh.pp", "mesh.tp")
 BETWEEN = (
     Illegal("mesh", AXES, lambda *d: d[0] * d[1] * d[2] * d[4] != NUM_RANKS),
     Illegal("train.tokens_per_step", STEP, is_no_multiple),
@@ -137,6 +140,10 @@ BETWEEN = (
         ("pipeline.stage_cuts", "mesh.pp", "pipeline.stages_per_rank"),
         is_cut_wrongly,
     ),
+    Illegal(
+        "pipeline.vocabulary", WORDS, lambda v, _, pp, tp: v == "spread" and (pp == 1 or tp > 1)
+    ),
+    Illegal("pipeline.vocabulary_barriers", WORDS, lambda v, n, *_: v == "edges" and n > 1),
     Illegal(
         "pipeline.schedule",
         ("pipeline.schedule", "zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp"),
