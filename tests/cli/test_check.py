@@ -49,7 +49,7 @@ def test_a_sound_plan_has_no_problems(monkeypatch, capsys, plan):
     path = plan(GOOD)
     assert inside(monkeypatch, capsys, path) == (0, f"{path}: no problems\n", "")
     code, out, err = inside(monkeypatch, capsys, path, "--json")
-    assert (code, json.loads(out), err) == (0, {"problems": []}, "")
+    assert (code, json.loads(out), err) == (0, {"problems": [], "warnings": []}, "")
 
 
 def test_json_lists_every_problem(plan):

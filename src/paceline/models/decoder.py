@@ -41,7 +41,10 @@ class Block(nn.Module):
     ) -> Tensor:
         attended_BTD = self.attention(self.attention_norm(x_BTD), layout, angles, attend)
         x_BTD = x_BTD + self.attention_post_norm(attended_BTD)
-        return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_BTD)))
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, MixtureOfExperts):  # which counts tokens, not padding
+            return x_BTD + self.ffn_post_norm(self.ffn(normed_BTD, layout))
+        return x_BTD + self.ffn_post_norm(self.ffn(normed_BTD))
 
 
 class Absent(nn.Module):

@@ -111,5 +111,12 @@ class LadderBlock(nn.Module):
             stream,
             lambda x_BTD: self.attention(self.attention_norm(x_BTD), layout, angles, attend),
         )
-        stream = self.overlap.step(stream, lambda x_BTD: self.ffn(self.ffn_norm(x_BTD)))
+        stream = self.overlap.step(stream, lambda x_BTD: self._fed_forward(x_BTD, layout))
         return self.overlap.close(stream) if self._is_last else stream
+
+    def _fed_forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, MixtureOfExperts):
+            # A view, which torch's sharder warns of where it leaves a block.
+            return self.ffn(normed_BTD, layout).clone()
+        return self.ffn(normed_BTD)

@@ -22,14 +22,10 @@ from paceline.core.errors import ConfigError, Problem, name_hint
 from paceline.plan.batch import batch_shape
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import PeftConfig, Plan, PrecisionConfig
+from paceline.plan.plan import ContextConfig, PeftConfig, Plan, PrecisionConfig
+from paceline.plan.tensor_rules import head_share
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.cp": (1,),
-    "mesh.ep": (1,),
-    "context.method": ("zigzag-ring",),
-    "expert.dispatch": ("all-to-all",),
-    "expert.balance_loss_weight": (0.0,),
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
@@ -48,6 +44,7 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
 """Key to the values that this version runs; absent keys run with any value that parses."""
 
 NAMED: dict[str, str] = {
+    "expert.dispatch": "paceline.parallel.expert:DISPATCHES",
     "optimizer.name": "paceline.optim:OPTIMIZERS",
     "peft.method": "paceline.models.peft:PEFT",
     "serve.policy": "paceline.serve.schedule:POLICIES",
@@ -81,12 +78,18 @@ POSITIVE = (
     "serve.max_sequences",
 )
 NOT_NEGATIVE = (
+    "expert.balance_loss_weight",
     "train.seed",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "optimizer.schedule.warmup_steps",
     "optimizer.schedule.final_fraction",
     "checkpoint.keep",
+)
+OPTIONAL_COUNTS = (
+    "pipeline.num_microbatches",
+    "context.ulysses_degree",
+    "checkpoint.interval_steps",
 )
 
 
@@ -124,6 +127,12 @@ def check(
         rule for rule, keys in RULES.items() if not any(_touches(keys, path) for path in wrong)
     ]
     return problems + [problem for rule in sound for problem in rule(known)]
+
+
+def warnings(plan: Plan, spec: ModelSpec | None = None) -> list[Problem]:
+    """What a plan without problems would do better otherwise, for a model where it is given."""
+    known = Known(plan, spec, None)
+    return [problem for rule in WARNINGS for problem in rule(known)]
 
 
 def _touches(keys: Sequence[str], path: str) -> bool:
@@ -166,7 +175,7 @@ def _signs(known: Known) -> Iterator[Problem]:
     for path in NOT_NEGATIVE:
         if not 0 <= value_at(known.plan, path) < math.inf:
             yield _problem(known, path, "must be finite and not negative", "use 0 or more")
-    for path in ("pipeline.num_microbatches", "checkpoint.interval_steps"):
+    for path in OPTIONAL_COUNTS:
         value = value_at(known.plan, path)
         if isinstance(value, int) and value <= 0:
             yield _problem(known, path, "must be positive", "use 1 or more")
@@ -329,6 +338,8 @@ def _tensor_fits(known: Known) -> Iterator[Problem]:
         "columns of the feed-forward": spec.d_ffn,
         "words of the vocabulary": spec.vocab_size,
     }
+    if spec.moe is not None and spec.moe.d_shared:
+        sizes["columns of what all tokens share"] = spec.moe.d_shared
     for what, most in sizes.items():
         if degree > most:
             rule, hint = f"exceeds the model's {most} {what}", f"use at most {min(sizes.values())}"
@@ -351,6 +362,139 @@ def _ladder_fits(known: Known) -> Iterator[Problem]:
         yield _problem(known, "mesh.tp", rule, "use 1")
 
 
+def _experts_re_group(known: Known) -> Iterator[Problem]:
+    """Experts are shared out among the ranks that hold one state."""
+    mesh, count = known.plan.mesh, _expert_ranks(known.plan)
+    if count % mesh.ep:
+        rule = f"must divide dp_shard x cp x tp = {count}, which it re-groups"
+        near = _nearest(mesh.ep, _divisors(count))
+        yield _problem(known, "mesh.ep", rule, f"use {near}")
+
+
+def _experts_fit(known: Known) -> Iterator[Problem]:
+    """Every rank holds as many experts, and has as many tokens for them where groups see to it."""
+    degree, spec = known.plan.mesh.ep, known.spec
+    if degree == 1 or spec is None:
+        return
+    if spec.moe is None:
+        rule = f"shares out experts, of which a model of {spec.family} has none"
+        yield _problem(known, "mesh.ep", rule, "use 1")
+        return
+    counts = {"experts": spec.moe.num_experts}
+    if spec.moe.num_groups > 1:
+        counts = {"groups of experts": spec.moe.num_groups, **counts}
+    for what, count in counts.items():
+        if count % degree:
+            rule = f"must divide the model's {count} {what}, so that ranks have the same load"
+            near = _nearest(
+                degree, _divisors(math.gcd(*counts.values(), _expert_ranks(known.plan)))
+            )
+            yield _problem(known, "mesh.ep", rule, f"use {near}")
+            return
+
+
+def _expert_ranks(plan: Plan) -> int:
+    """Ranks that `mesh.ep` re-groups."""
+    return plan.mesh.dp_shard * plan.mesh.cp * plan.mesh.tp
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _experts_have_own_tokens(known: Known) -> Iterator[Problem]:
+    plan = known.plan
+    if plan.mesh.ep > 1 and plan.mesh.tp > 1 and not plan.tensor.sequence_parallel:
+        rule = "has tensor ranks hold the same tokens, all of which mesh.ep would send to experts"
+        hint = "leave it out, or set mesh.ep = 1"
+        yield _problem(known, "tensor.sequence_parallel", rule, hint)
+
+
+def _balance_has_experts(known: Known) -> Iterator[Problem]:
+    path, plan = "expert.balance_loss_weight", known.plan
+    if not plan.expert.balance_loss_weight:
+        return
+    if known.spec is not None and known.spec.moe is None:
+        rule = f"balances experts, of which a model of {known.spec.family} has none"
+        yield _problem(known, path, rule, "leave it out")
+    if plan.peft.method != "none":
+        rule = f"has not been proved with peft.method = {plan.peft.method}"
+        yield _problem(known, path, rule, 'leave it out, or set peft.method = "none"')
+
+
+_NO_CONTEXT = "says how mesh.cp ranks share sequences, which is 1"
+
+
+def _context_has_ranks(known: Known) -> Iterator[Problem]:
+    path = "context.method"
+    if known.plan.mesh.cp == 1 and known.plan.context.method != ContextConfig().method:
+        yield _problem(known, path, _NO_CONTEXT, "set mesh.cp = 2 or more, or leave it out")
+
+
+def _ulysses_divides(known: Known) -> Iterator[Problem]:
+    """Ranks that exchange heads are a whole part of those that share sequences."""
+    plan, path = known.plan, "context.ulysses_degree"
+    degree, cp = plan.context.ulysses_degree, plan.mesh.cp
+    if degree is None:
+        return
+    if cp == 1:
+        yield _problem(known, path, _NO_CONTEXT, "leave it out, or set mesh.cp = 2 or more")
+        return
+    if plan.context.method != "ulysses-ring":
+        rule = f"is not read by context.method = {plan.context.method}"
+        yield _problem(known, path, rule, "it is for ulysses-ring")
+    elif cp % degree:
+        near = _nearest(degree, _divisors(cp))
+        yield _problem(known, path, f"must divide mesh.cp = {cp}", f"use {near}")
+
+
+def _ulysses_has_heads(known: Known) -> Iterator[Problem]:
+    """Every rank that exchanges heads gets a query head."""
+    plan, spec = known.plan, known.spec
+    if spec is None or plan.mesh.cp == 1 or plan.mesh.tp > spec.num_heads:
+        return
+    num_heads, degree = spec.num_heads // plan.mesh.tp, plan.ulysses_degree
+    if degree <= num_heads:
+        return
+    each = "the model" if plan.mesh.tp == 1 else "a tensor rank"
+    is_mixed = plan.context.method == "ulysses-ring"
+    path = "context.ulysses_degree" if is_mixed else "mesh.cp"
+    legal = [n for n in range(1, num_heads + 1) if not is_mixed or plan.mesh.cp % n == 0]
+    rule = f"has {degree} ranks exchange the {num_heads} query head(s) of {each}"
+    other = "" if is_mixed else ', or context.method = "ulysses-ring" or "zigzag-ring"'
+    yield _problem(known, path, rule, f"use {legal[-1]}{other}")
+
+
+def _core_is_kept(known: Known) -> Iterator[Problem]:
+    path = "memory.remat"
+    if known.plan.memory.remat == "full-keep-attention" and known.plan.mesh.cp == 1:
+        rule = "is for attention over mesh.cp ranks, which is 1"
+        yield _problem(known, path, rule, 'use "full" or "selective", or set mesh.cp = 2 or more')
+
+
+def _token_ring_pays(known: Known) -> Iterator[Problem]:
+    """Bytes of the busiest link, by the formulas of `paceline.parallel.context`, per head size."""
+    plan, spec, cp = known.plan, known.spec, known.plan.mesh.cp
+    if plan.context.method != "token-ring" or spec is None or cp == 1:
+        return
+    if plan.mesh.tp > spec.num_heads:
+        return
+    heads = head_share(spec.num_heads, spec.num_kv_heads, plan.mesh.tp, 0)
+    narrow = {"float64": 8, "bfloat16": 2}.get(plan.precision.compute, 4)
+    wide = max(4, narrow)
+    queries = len(heads.query) * spec.head_dim * narrow
+    keys = len(heads.key if heads.is_grouped else heads.query) * spec.head_dim
+    sums = len(heads.query) * wide
+    ours = cp * queries + sums + (cp - 1) * (3 * queries + sums) + queries
+    rings = 2 * (cp - 1) * keys * (2 * narrow + wide)
+    if ours > rings:
+        rule = (
+            f"has the busiest link of {cp} ranks carry {ours / rings:.1f} times what ring would: "
+            f"{len(heads.query)} query heads on {len(heads.key)} key head(s)"
+        )
+        yield _problem(known, "context.method", rule, 'use "zigzag-ring" or "ring"')
+
+
 def _compiled_whole(known: Known) -> Iterator[Problem]:
     """Blocks are compiled where they are whole, and so are their backward passes."""
     if known.plan.train.compile == "on":
@@ -369,7 +513,7 @@ def _peft_whole(known: Known) -> Iterator[Problem]:
 
 def _ways_of_splitting(plan: Plan) -> dict[str, str]:
     """How a plan splits blocks or backward passes: each way, and what does not."""
-    axes = [axis for axis in ("pp", "tp") if getattr(plan.mesh, axis) > 1]
+    axes = [axis for axis in ("pp", "cp", "tp", "ep") if getattr(plan.mesh, axis) > 1]
     ways = {f"mesh.{axis} > 1": f"mesh.{axis} = 1" for axis in axes}
     if _schedule(plan.pipeline.schedule).splits_backward:
         way = f"{plan.pipeline.schedule}, which splits backward passes"
@@ -508,6 +652,12 @@ def _module_axes(known: Known) -> Iterator[Problem]:
         yield _problem(known, path, rule, hint)
 
 
+def _module_loss_is_its_own(known: Known) -> Iterator[Problem]:
+    if known.plan.expert.balance_loss_weight:
+        rule = "is for models of this package: a module of one's own adds its losses itself"
+        yield _problem(known, "expert.balance_loss_weight", rule, "leave it out")
+
+
 def _module_rows_are_whole(known: Known) -> Iterator[Problem]:
     if known.plan.mesh.tp > 1 and known.plan.tensor.sequence_parallel:
         path = "tensor.sequence_parallel"
@@ -519,8 +669,10 @@ BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
+_EXPERT_RANKS = ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp")
 _STAGES = ("mesh.pp", "pipeline.stages_per_rank")
-_SPLITS = ("mesh.pp", "mesh.tp", "pipeline.schedule")
+_SPLITS = ("mesh.pp", "mesh.cp", "mesh.tp", "mesh.ep", "pipeline.schedule")
+_CONTEXT = ("mesh.cp", "context.method", "context.ulysses_degree")
 _ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
 
 RULES: dict[Rule, tuple[str, ...]] = {
@@ -534,6 +686,14 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
     _tensor_fits: ("mesh.tp",),
     _ladder_fits: ("mesh.pp", "mesh.tp", "tensor.sequence_parallel"),
+    _experts_re_group: _EXPERT_RANKS,
+    _experts_fit: _EXPERT_RANKS,
+    _experts_have_own_tokens: ("mesh.ep", "mesh.tp", "tensor.sequence_parallel"),
+    _balance_has_experts: ("expert.balance_loss_weight", "peft.method"),
+    _context_has_ranks: ("mesh.cp", "context.method"),
+    _ulysses_divides: _CONTEXT,
+    _ulysses_has_heads: (*_CONTEXT, "mesh.tp"),
+    _core_is_kept: ("mesh.cp", "memory.remat"),
     _compiled_whole: ("train.compile", *_SPLITS),
     _peft_whole: ("peft.method", *_SPLITS),
     _frozen_once: ("peft.method", "train.freeze"),
@@ -551,5 +711,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
-MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole)
+WARNINGS: tuple[Rule, ...] = (_token_ring_pays,)
+"""Rules that a plan without problems may break: they say what that costs."""
+MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole, _module_loss_is_its_own)
 """Rules for `paceline.parallelize` alone, whose module is not ours."""

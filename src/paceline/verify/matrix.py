@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from paceline.parallel.context import METHODS
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import (
+    ContextConfig,
     MemoryConfig,
     PipelineConfig,
     Plan,
@@ -20,10 +22,12 @@ from paceline.verify.tiny import tiny_spec
 
 _LENGTH = 17  # no number of ranks divides it
 _SEQUENCES = 12  # of each data rank
+_WINDOW = 5  # less than a chunk of two ranks, more than one of four
 _TWO_SCHEDULES = ("one-f-one-b", "zero-bubble-v")
 _STAGES = (0, 1, 2, 3)
 _BARRIERS: tuple[Literal[1, 2], ...] = (1, 2)
 _REMATS = ("none", "selective", "full")
+_KEPT = "full-keep-attention"
 
 
 class Entry(NamedTuple):
@@ -34,10 +38,12 @@ class Entry(NamedTuple):
 
 
 def layouts() -> dict[str, Entry]:
-    """Name to plan and model: each axis alone, then axes together, then rematerialisation."""
-    plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat()]
-    tied = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in (*plans, *_spread())}
-    return tied | _untied()
+    """Name to plan and model: each axis alone, then axes together, rematerialisation, words that are
+    spread, sequences that are shared.
+    """
+    plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat(), *_spread(), *_context()]
+    found = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
+    return found | _untied() | _windowed()
 
 
 def name_of(plan: Plan) -> str:
@@ -50,6 +56,8 @@ def name_of(plan: Plan) -> str:
     if plan.pipeline.vocabulary == "spread":
         count = plan.pipeline.vocabulary_barriers
         words.append(f"words spread, {count} barrier{'s' * (count > 1)}")
+    if plan.mesh.cp > 1:
+        words.append(plan.context.method)
     if plan.mesh.dp_shard > 1:
         is_own = plan.zero.sharder == "own"
         words.append(f"ZeRO {plan.zero_stage}{', own sharder' if is_own else ''}")
@@ -64,26 +72,28 @@ def _plan(
     *,
     stage: int | None = None,
     sharder: Literal["auto", "own"] = "auto",
-    schedule: str | None = None,
+    schedule: Any = None,
     remat: str = "none",
+    method: str = "zigzag-ring",
     is_sequence_parallel: bool = True,
     barriers: Literal[0, 1, 2] = 0,
     **mesh: int,
 ) -> Plan:
     config = MeshConfig(**mesh)
     traits: Any = SCHEDULES.load(schedule) if schedule else None
-    values: dict[str, Any] = {"remat": remat, "stage": stage, "schedule": schedule or "one-f-one-b"}
+    values: dict[str, Any] = {"remat": remat, "stage": stage, "method": method}
     return Plan(
         mesh=config,
         zero=ZeroConfig(stage=values["stage"], sharder=sharder),
         tensor=TensorConfig(sequence_parallel=is_sequence_parallel),
         pipeline=PipelineConfig(
-            schedule=values["schedule"],
+            schedule=schedule or "one-f-one-b",
             stages_per_rank=traits.min_stages_per_rank if traits else 1,
             num_microbatches=_SEQUENCES if config.pp > 1 else _SEQUENCES // 2,
             vocabulary="spread" if barriers else "edges",
             vocabulary_barriers=barriers or 1,
         ),
+        context=ContextConfig(method=values["method"]),
         memory=MemoryConfig(remat=values["remat"]),
         train=TrainConfig(
             sequence_length=_LENGTH, tokens_per_step=_LENGTH * _SEQUENCES * config.num_data_ranks
@@ -163,4 +173,40 @@ def _untied() -> dict[str, Entry]:
     return {
         f"{name_of(plan)}, untied": Entry(plan, replace(tiny_spec(plan), tied_embeddings=False))
         for plan in plans
+    }
+
+
+def _context_alone() -> list[Plan]:
+    return [_plan(cp=cp, method=method) for cp in (2, 3, 4) for method in METHODS]
+
+
+def _context() -> list[Plan]:
+    plans = _context_alone()
+    for method in METHODS:
+        plans += [
+            _plan(cp=2, tp=2, method=method),
+            _plan(cp=2, pp=2, method=method, schedule="zero-bubble"),
+            _plan(cp=2, dp_shard=2, stage=3, method=method),
+            *(_plan(cp=2, method=method, remat=remat) for remat in (*_REMATS[1:], _KEPT)),
+        ]
+    plans += [_plan(cp=2, dp_shard=2, stage=stage) for stage in _STAGES]
+    plans += [_plan(cp=2, dp_shard=2, stage=3, sharder="own")]
+    plans += [_plan(cp=2, pp=2, schedule=schedule) for schedule in SCHEDULES]
+    plans += [_plan(cp=2, pp=2, tp=2, schedule=schedule) for schedule in _TWO_SCHEDULES]
+    plans += [
+        _plan(cp=2, tp=3, is_sequence_parallel=False),
+        _plan(cp=2, dp_replicate=2),
+        _plan(cp=2, dp_replicate=2, dp_shard=2, stage=2),
+        _plan(cp=2, dp_replicate=2, dp_shard=2, stage=3),
+        _plan(cp=2, pp=2, dp_shard=2, stage=3, schedule="zero-bubble-v", remat=_KEPT),
+    ]
+    return plans
+
+
+def _windowed() -> dict[str, Entry]:
+    """Shared sequences again, of a model most of whose layers see a few tokens."""
+    specs = {plan: replace(tiny_spec(plan), window=_WINDOW) for plan in _context_alone()}
+    return {
+        f"{name_of(plan)}, window": Entry(plan, replace(spec, global_layers=(0,)))
+        for plan, spec in specs.items()
     }

@@ -180,8 +180,8 @@ class _Border(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, watcher: Watcher, units: list[Unit], *outputs: Tensor) -> Any:
         ctx.watcher, ctx.units = watcher, units
-        same = tuple(output.view_as(output) for output in outputs)
-        return same if len(same) > 1 else same[0]
+        same = [output.view_as(output) for output in outputs]
+        return tuple(same) if len(same) > 1 else same[0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,8 @@ Differs: shares need not be equal: heads, columns and words go round as evenly a
 
 Traffic, of the tensors that a rank gives to all-reduces and reduce-scatters and gets from
 all-gathers. Of a micro-batch with B T tokens, C of which have a label, where every parameter is
-trained and n is the number of attentions and feed-forwards (two a layer, one where it has experts):
+trained and n is the number of attentions and feed-forwards (two a layer; where it has experts, one,
+and one more if all tokens share something beside them):
 
 - with sequence parallelism, (2 n + 2) A in all-gathers and as much in reduce-scatters, A being of
   tp ceil(B T / tp) rows: forward and backward of each of the n, and of both ends of the model;
@@ -36,7 +37,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from paceline.dist.world import World
@@ -48,6 +48,7 @@ from paceline.models.layout import Layout
 from paceline.models.linear import Linear, Product, RMSNorm
 from paceline.optim.parts import Part
 from paceline.parallel.buckets import in_groups, sum_in_buckets
+from paceline.parallel.cut import cut_parameter
 from paceline.parallel.tensor.boundary import (
     AXIS,
     copy_in,
@@ -80,6 +81,10 @@ class SplitDecoder:
     partial: frozenset[str]
     copied: frozenset[str]
     world: World
+
+    def without(self, names: frozenset[str]) -> SplitDecoder:
+        """The same, but for parameters whose gradients are summed elsewhere."""
+        return replace(self, partial=self.partial - names)
 
     def finish_gradients(self, parts: Mapping[str, Part], spread_axes: tuple[str, ...]) -> None:
         """Makes terms of gradients to sums.
@@ -123,7 +128,7 @@ def split(
     places: dict[str, Place] = {}
     for name in names:
         places[name] = _place(tuple(model.get_parameter(name).shape), rules[name], rank)
-        _cut(model, name, places[name])
+        cut_parameter(model, name, places[name])
     heads = head_share(spec.num_heads, spec.num_kv_heads, degree, rank)
     in_ladder: set[nn.Module] = set()
     for module in list(model.modules()):  # a block before its parts
@@ -163,17 +168,6 @@ def _place(shape: tuple[int, ...], rule: Split, rank: int) -> Place:
     owned = range(max(own.start, taken), own.stop)
     box = Box.of_whole(shape)
     return replace(whole, box=box.narrowed(rule.dim, own), owned=box.narrowed(rule.dim, owned))
-
-
-def _cut(model: nn.Module, name: str, place: Place) -> None:
-    """Puts a parameter of the part's shape in place of a whole one."""
-    whole = model.get_parameter(name)
-    if place.box.sizes == place.shape:
-        return
-    owner, _, leaf = name.rpartition(".")
-    part = torch.empty(place.box.sizes, dtype=whole.dtype, device=whole.device)
-    part = nn.Parameter(part, requires_grad=whole.requires_grad)
-    setattr(model.get_submodule(owner), leaf, part)
 
 
 def _has_term(name: str, spec: ModelSpec) -> bool:
