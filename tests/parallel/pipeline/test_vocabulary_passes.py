@@ -91,18 +91,17 @@ def test_words_cost_schedules_like_a_v_a_bubble_that_does_not_grow(name, p, barr
         timeline(spread_vocabulary(passes(name, p, m), barriers)).bubble for m in (4 * p, 12 * p)
     )
     assert few <= many <= few + 1
-    assert many <= timeline(passes(name, p, 12 * p)).bubble + 1.5 * p
+    assert many <= timeline(passes(name, p, 12 * p)).bubble + 2 * p
 
 
 def test_the_head_no_longer_makes_the_last_rank_the_slowest():
     """A head as dear as a stage: on the last stage alone it makes all others wait."""
     p, stage = 4, 3.0
-    base = passes("one-f-one-b", p, MANY)
-    spread = timeline(spread_vocabulary(base, ONE, Costs(score=1 / p)), Costs(score=1 / p))
-    work = MANY * 2 * stage / p * p  # stages' and head's passes, over all ranks
-    assert spread.duration < MANY * (stage + stage / p) + 3 * p + stage
+    costs = Costs(score=1 / p)  # three products, so much of each on every rank
+    spread = timeline(spread_vocabulary(passes("one-f-one-b", p, MANY), ONE, costs), costs)
+    busy = MANY * (stage + stage / p)
+    assert spread.duration == busy + spread.bubble
     assert spread.duration < MANY * 2 * stage  # the least that one rank takes with both
-    assert work > 0
 
 
 def test_transfers_are_hidden_behind_passes():
@@ -119,7 +118,7 @@ def test_an_evaluation_runs_forward_passes_and_scores_alone(name):
     spread = spread_vocabulary(waves, ONE)
     assert spread == spread_vocabulary(waves, TWO)
     kinds = {str(action.kind) for own in add_transfers(spread) for action in own}
-    assert kinds <= {*["E", "F", "S", "L", "SE", "RE", "SF", "RF", "SH", "RH", "SS", "RS"]}
+    assert kinds <= {"E", "F", "S", "L", "SE", "RE", "SF", "RF", "SH", "RH", "SS", "RS"}
     timeline(spread)  # and all of them can
 
 
@@ -127,10 +126,10 @@ def test_two_ranks_of_1f1b():
     """The whole of a small step, as ranks run it."""
     first, last = spread_vocabulary(passes("one-f-one-b", 2, 2), TWO)
     assert " ".join(map(str, first)) == (
-        "E0.0 E0.1 F0.0 F0.1 S0.0 S0.1 T0.0 T0.1 B0.0 EW0.0 B0.1 EW0.1"
+        "E0.0 E0.1 F0.0 F0.1 S0.0 T0.0 S0.1 T0.1 B0.0 EW0.0 B0.1 EW0.1"
     )
     assert " ".join(map(str, last)) == (
-        "E1.0 E1.1 F1.0 S1.0 F1.1 S1.1 T1.0 T1.1 B1.0 B1.1 EW1.0 EW1.1"
+        "E1.0 E1.1 F1.0 S1.0 F1.1 S1.1 T1.0 B1.0 T1.1 B1.1 EW1.0 EW1.1"
     )
 
 
