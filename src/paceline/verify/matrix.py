@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from paceline.parallel.pipeline import SCHEDULES
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
 def layouts() -> dict[str, Entry]:
     """Name to plan and model: each axis alone, then axes together, then rematerialisation."""
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat()]
-    return {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
+    return {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans} | _ladder()
 
 
 def name_of(plan: Plan) -> str:
@@ -122,3 +123,21 @@ def _remat() -> list[Plan]:
             _plan(remat=remat, pp=2, tp=2, dp_shard=2, stage=3, schedule="zero-bubble"),
         ]
     return plans
+
+
+def _ladder() -> dict[str, Entry]:
+    """Models whose residual is a ladder, whole and from the second layer on."""
+    plans = [_plan(tp=tp, is_sequence_parallel=False) for tp in (2, 3)]
+    plans += [_plan(dp_shard=2, stage=stage) for stage in _STAGES]
+    plans += [_plan(dp_shard=2, stage=3, sharder="own")]
+    for remat in _REMATS[1:]:
+        plans += [
+            _plan(remat=remat, tp=2, is_sequence_parallel=False),
+            _plan(remat=remat, tp=2, dp_shard=2, stage=3, is_sequence_parallel=False),
+            _plan(remat=remat, dp_shard=2, stage=3),
+        ]
+    return {
+        f"{name_of(plan)}, {words}": Entry(plan, replace(tiny_spec(plan), ladder_from=first))
+        for plan in plans
+        for first, words in enumerate(("ladder", "ladder from layer 1"))
+    }
