@@ -41,11 +41,11 @@ class Entry(NamedTuple):
 
 def layouts() -> dict[str, Entry]:
     """Name to plan and model: each axis alone, axes together, rematerialisation; then what spreads
-    words, shares sequences and shares out experts.
+    words, shares sequences shares out experts, and ladders.
     """
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat(), *_spread(), *_context()]
     found = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
-    return found | _untied() | _windowed() | _sparse()
+    return found | _untied() | _windowed() | _sparse() | _ladder()
 
 
 def name_of(plan: Plan) -> str:
@@ -259,3 +259,21 @@ def _sparse() -> dict[str, Entry]:
     """Models with experts."""
     entries = [Entry(plan, _with_experts(name, plan)) for name, plan in _experts()]
     return {f"{name_of(plan)}, {spec.family}": Entry(plan, spec) for plan, spec in entries}
+
+
+def _ladder() -> dict[str, Entry]:
+    """Models whose residual is a ladder, whole and from the second layer on."""
+    plans = [_plan(tp=tp, is_sequence_parallel=False) for tp in (2, 3)]
+    plans += [_plan(dp_shard=2, stage=stage) for stage in _STAGES]
+    plans += [_plan(dp_shard=2, stage=3, sharder="own")]
+    for remat in _REMATS[1:]:
+        plans += [
+            _plan(remat=remat, tp=2, is_sequence_parallel=False),
+            _plan(remat=remat, tp=2, dp_shard=2, stage=3, is_sequence_parallel=False),
+            _plan(remat=remat, dp_shard=2, stage=3),
+        ]
+    return {
+        f"{name_of(plan)}, {words}": Entry(plan, replace(tiny_spec(plan), ladder_from=first))
+        for plan in plans
+        for first, words in enumerate(("ladder", "ladder from layer 1"))
+    }
