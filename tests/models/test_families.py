@@ -54,6 +54,9 @@ CONFIGS = {
     ),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=3, sliding_window=6),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **MOE, mlp_only_layers=[0], shared_expert_intermediate_size=28
+    ),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, **MOE, head_dim=6, mlp_only_layers=[0], norm_topk_prob=True
     ),
@@ -90,7 +93,8 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def test_every_family_is_tried():
-    assert set(CONFIGS) == set(FAMILIES)
+    """`transformers` has no model with grouped experts: see test_moe.py."""
+    assert set(CONFIGS) == set(FAMILIES) - {"pangu-moe"}
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ VALUES: dict[str, list[Any]] = {
     "pipeline.num_microbatches": [None, None, 1, 2, 4, 5, 0],
     "pipeline.stages_per_rank": [1, 1, 2, 3, 9, 0],
     "pipeline.stage_cuts": [None, None, None, (2,), (3, 3)],
+    "pipeline.vocabulary": ["edges", "edges", "edges", "spread"],
+    "pipeline.vocabulary_barriers": [1, 1, 1, 2],
     "context.method": ["zigzag-ring", "zigzag-ring", "ulysses", "ulysses-ring"],
     "context.ulysses_degree": [None, None, None, 1, 2, 7, 0],
     "memory.remat": ["none", "none", "full", "full-keep-attention"],
@@ -111,6 +113,7 @@ ULYSSES = ("ulysses", "ulysses-ring")
 CONTEXT = ("mesh.cp", "context.method", "context.ulysses_degree")
 ROUNDS = ("pipeline.num_microbatches", *STEP, "pipeline.schedule", "mesh.pp")
 PRECISION = ("precision.params", "precision.compute", "precision.reduce")
+WORDS = ("pipeline.vocabulary", "pipeline.vocabulary_barriers", "mesh.pp", "mesh.tp")
 BETWEEN = (
     Illegal("mesh", AXES, lambda *d: math.prod(d) != NUM_RANKS),
     Illegal("train.tokens_per_step", STEP, is_no_multiple),
@@ -168,6 +171,10 @@ BETWEEN = (
         ("pipeline.stage_cuts", "mesh.pp", "pipeline.stages_per_rank"),
         is_cut_wrongly,
     ),
+    Illegal(
+        "pipeline.vocabulary", WORDS, lambda v, _, pp, tp: v == "spread" and (pp == 1 or tp > 1)
+    ),
+    Illegal("pipeline.vocabulary_barriers", WORDS, lambda v, n, *_: v == "edges" and n > 1),
     Illegal(
         "pipeline.schedule",
         ("pipeline.schedule", "zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp"),

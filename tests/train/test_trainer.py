@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,10 @@ def test_records_say_what_happened(documents, tmp_path, capsys):
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     for step in steps:
         assert step.keys() >= CONTRACT_KEYS
-        assert step.keys() == {field.name for field in fields(StepRecord)} | {"kind"}
+        # A dense model has no statistics.
+        assert step.keys() == {field.name for field in fields(StepRecord)} - {"statistics"} | {
+            "kind"
+        }
         assert step["tokens"] == LENGTH * SEQUENCES >= step["valid_tokens"] > 0
         assert step["time_s"] > 0
         assert step["tokens_per_s"] == pytest.approx(step["tokens"] / step["time_s"])
@@ -181,3 +184,6 @@ def test_a_log_line_says_all_that_a_person_wants_to_know():
     assert log_line(record, 100) == (
         "step 7/100  loss 3.1416  norm 0.500  1,234 tokens/s  46% of peak  1.50 GiB  eta 0:03:06"
     )
+    with_experts = replace(record, statistics={"expert_load": 1.25})
+    assert "norm 0.500  expert load 1.250  1,234 tokens/s" in log_line(with_experts, 100)
+    assert with_experts.to_dict() == record.to_dict() | {"expert_load": 1.25}

@@ -12,6 +12,7 @@ from paceline.models.weights import RandomWeights
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import MemoryConfig, Plan, TensorConfig, TrainConfig, ZeroConfig
 from paceline.verify.certify import certify
+from paceline.verify.matrix import name_of
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
@@ -30,7 +31,7 @@ def plan_of(*, is_sequence_parallel: bool = True, stage: int | None = None, rema
 
 
 @pytest.mark.parametrize("is_sequence_parallel", [True, False])
-@pytest.mark.parametrize("tp", [2, 3, 4, 6])
+@pytest.mark.parametrize("tp", [2, 4, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (3, 6))])
 def test_any_number_of_ranks_shares_heads_columns_and_words(tp, is_sequence_parallel):
     plan = plan_of(tp=tp, is_sequence_parallel=is_sequence_parallel)
     certificate = certify(plan, SPEC, RandomWeights(SPEC, seed=2))
@@ -42,23 +43,28 @@ def test_any_number_of_ranks_shares_heads_columns_and_words(tp, is_sequence_para
 def test_every_family_is_split(name, is_sequence_parallel):
     spec = family(name).PRESETS["tiny"]
     plan = plan_of(tp=2, is_sequence_parallel=is_sequence_parallel)
+    if name == "gpt2":  # whose gradient of them is rounding alone: see `paceline.verify.fuzz`
+        plan = replace(plan, train=replace(plan.train, freeze=("*.attention.key.bias",)))
     certificate = certify(plan, spec, RandomWeights(spec, seed=2))
     assert certificate.certified, certificate.worst
 
 
+QUICK = [
+    plan_of(tp=2, dp_shard=2),
+    plan_of(tp=2, remat="selective", is_sequence_parallel=False),
+    plan_of(tp=2, remat="full"),
+]
+LONG = [
+    plan_of(tp=2, dp_shard=3, is_sequence_parallel=False),
+    plan_of(tp=2, dp_shard=2, stage=0),
+    plan_of(tp=3, dp_replicate=2),
+    plan_of(tp=2, dp_replicate=2, dp_shard=2),
+    plan_of(tp=2, dp_shard=2, remat="full"),
+]
+
+
 @pytest.mark.parametrize(
-    "plan",
-    [
-        plan_of(tp=2, dp_shard=2),
-        plan_of(tp=2, dp_shard=3, is_sequence_parallel=False),
-        plan_of(tp=2, dp_shard=2, stage=0),
-        plan_of(tp=3, dp_replicate=2),
-        plan_of(tp=2, dp_replicate=2, dp_shard=2),
-        plan_of(tp=2, remat="full"),
-        plan_of(tp=2, remat="selective", is_sequence_parallel=False),
-        plan_of(tp=2, dp_shard=2, remat="full"),
-    ],
-    ids=str,
+    "plan", [*QUICK, *(pytest.param(plan, marks=pytest.mark.slow) for plan in LONG)], ids=name_of
 )
 def test_split_matrices_go_with_other_axes(plan):
     certificate = certify(plan, SPEC, RandomWeights(SPEC, seed=2))

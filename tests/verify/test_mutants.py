@@ -307,8 +307,8 @@ def loss_s_last_chunk_without_a_gradient(patch: Patch, _rank: int) -> None:
 def one_rank_starts_a_little_aside(patch: Patch, rank: int) -> None:
     original = Replicated.put
 
-    def put(self: Replicated, parameter: Any, value: torch.Tensor) -> None:
-        original(self, parameter, value.double() * (1 + rank * 1e-10))
+    def put(self: Replicated, name: str, parameter: Any, value: torch.Tensor) -> None:
+        original(self, name, parameter, value.double() * (1 + rank * 1e-10))
 
     patch.setattr(Replicated, "put", put)
 

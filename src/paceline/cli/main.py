@@ -19,6 +19,7 @@ from paceline.cli import (
     chat,
     check,
     checkpoint,
+    convert,
     doctor,
     fetch,
     generate,
@@ -52,6 +53,7 @@ app.command()(check.check)
 app.command()(train.train)
 app.command()(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(convert.convert)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from paceline.dist.compat import all_gather, reduce_scatter
@@ -18,6 +19,25 @@ class Transfer(NamedTuple):
     axes: tuple[str, ...]
     size_bytes: int
     purpose: str
+
+
+class Pending:
+    """A collective that has been started.
+
+    One that nobody waits for holds its tensor until it is done.
+
+    Args:
+        work: torch's handle; None where there is nothing to wait for.
+    """
+
+    def __init__(self, work: torch.distributed.Work | None) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        """Returns once the result is there, at once where it has been waited for before."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
 
 
 class Traffic:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.core.env import rank_environment
 from paceline.core.errors import PacelineError, RankError, UsageError
-from paceline.dist.collectives import Traffic
+from paceline.dist.collectives import Pending, Traffic
 from paceline.dist.compat import all_gather, reduce_scatter
 from paceline.dist.failure import hand_over, is_peer_gone
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
@@ -88,6 +88,20 @@ class World:
                 self.traffic.add("all-reduce", step, tensor.nbytes, purpose)
                 torch.distributed.all_reduce(tensor, group=self._group(step))
         return tensor
+
+    def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
+        """Starts to sum a tensor in place over the ranks that differ only on `axes`.
+
+        Args:
+            tensor: neither read nor written by anyone until the sum has been waited for.
+            axes: one, or both data axes.
+            purpose: written down with the tensor's bytes.
+        """
+        if all(self.degree(axis) == 1 for axis in axes):
+            return Pending(None)
+        self.traffic.add("all-reduce", axes, tensor.nbytes, purpose)
+        group = self._group(axes)
+        return Pending(torch.distributed.all_reduce(tensor, group=group, async_op=True))
 
     def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
         """The largest of each element over the ranks along an axis, in place."""

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from paceline.models.attention import Around, Attend, Attention, attend_within, plainly
 from paceline.models.ffn import FeedForward
+from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
-from paceline.models.moe import MixtureOfExperts
+from paceline.models.moe import MixtureOfExperts, feed
 from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
-from paceline.models.tied import TiedEmbedding
+from paceline.models.tied import LookUp, TiedEmbedding
 from paceline.models.vocabulary import Head, Output, Vocabulary, WholeVocabulary, logits
 from paceline.plan.model_spec import ModelSpec
 
@@ -40,7 +41,7 @@ class Block(nn.Module):
     ) -> Tensor:
         attended_BTD = self.attention(self.attention_norm(x_BTD), layout, angles, attend)
         x_BTD = x_BTD + self.attention_post_norm(attended_BTD)
-        return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_BTD)))
+        return x_BTD + self.ffn_post_norm(feed(self.ffn, self.ffn_norm(x_BTD), layout))
 
 
 class Absent(nn.Module):
@@ -76,7 +77,10 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         if spec.positions == "learned":
             self.position_embedding = nn.Embedding(spec.max_positions, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
+        self.blocks = nn.ModuleList(
+            LadderBlock(spec, layer) if spec.is_ladder(layer) else Block(spec, layer)
+            for layer in range(spec.num_layers)
+        )
         self.norm = make_norm(spec, spec.d_model)
         if not spec.tied_embeddings:
             self.head = Linear(spec.d_model, spec.vocab_size, bias=False)
@@ -119,14 +123,14 @@ class Decoder(nn.Module):
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD[:, place.num_shared :]
         return self.predict(x_BTD, place, head, tied)
 
-    def embed(self, tokens_BT: Tensor, tied: TiedEmbedding | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, rows: LookUp | None = None) -> Tensor:
         """Embedded tokens, before positions are added.
 
         Args:
             tokens_BT: token ids.
-            tied: of this pass, where the head follows in it.
+            rows: what looks them up, where their gradient is not autograd's alone.
         """
-        look_up = tied.embed if tied else self.embedding
+        look_up = rows.embed if rows else self.embedding
         return self.vocabulary.embed(tokens_BT, lambda tokens: self._scaled(look_up(tokens)))
 
     def positioned(self, x_BTD: Tensor, layout: Layout) -> Tensor:

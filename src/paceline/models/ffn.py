@@ -10,17 +10,23 @@ from paceline.plan.model_spec import ModelSpec
 
 
 class FeedForward(nn.Module):
-    """Two layers (Vaswani et al., arXiv:1706.03762), or three with a gate (arXiv:2002.05202)."""
+    """Two layers (Vaswani et al., arXiv:1706.03762), or three with a gate (arXiv:2002.05202).
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Args:
+        spec: of the model.
+        width: of the hidden layer; absent: the spec's.
+    """
+
+    def __init__(self, spec: ModelSpec, width: int | None = None) -> None:
         super().__init__()
         self.activation = spec.activation
         self.is_gated = spec.gated_ffn
+        width = spec.d_ffn if width is None else width
         if spec.gated_ffn:
-            self.gate = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
+            self.gate = Linear(spec.d_model, width, bias=spec.ffn_bias)
         self.gate_up: Linear | None = None  # in place of gate and up, once fused
-        self.up = Linear(spec.d_model, spec.d_ffn, bias=spec.ffn_bias)
-        self.down = Linear(spec.d_ffn, spec.d_model, bias=spec.ffn_bias)
+        self.up = Linear(spec.d_model, width, bias=spec.ffn_bias)
+        self.down = Linear(width, spec.d_model, bias=spec.ffn_bias)
 
     @property
     def inputs(self) -> tuple[Linear, Linear]:

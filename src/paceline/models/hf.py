@@ -55,6 +55,7 @@ class FolderWeights:
         tensors = [self._tensor(published) for published in stored.names]
         value = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
         value = value.t() if stored.is_transposed else value
+        value = value[0] if stored.is_row else value
         return value if stored.rows is None else value[slice(*stored.rows)]
 
     def _tensor(self, published: str) -> Tensor:
@@ -107,6 +108,7 @@ def published_shapes(spec: ModelSpec, stored: Mapping[str, Stored]) -> dict[str,
         if place.rows is not None:  # the part that lies last knows how long the whole is
             shape = (max(place.rows[1], _rows(shapes, place)), *shape[1:])
         shape = shape[::-1] if place.is_transposed else shape
+        shape = (1, *shape) if place.is_row else shape
         shapes |= dict.fromkeys(place.names, shape)
     return shapes
 
@@ -182,6 +184,7 @@ def write_weights(
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for name, value in weights:
         place = stored[name]
+        value = value[None] if place.is_row else value
         values = value.unbind() if len(place.names) > 1 else (value,)
         for published, one in zip(place.names, values, strict=True):
             start = place.rows[0] if place.rows else 0

@@ -48,6 +48,7 @@ class Layout:
         """Rows of consecutive documents; positions start anew with each of them.
 
         Where every row is one document there is none to tell apart, and attention needs no mask.
+        Padding is none: what counts tokens has to see it.
 
         Args:
             documents_BT: number of each token's document, of whole rows.
@@ -56,7 +57,8 @@ class Layout:
         """
         if places_T is not None:
             return cls.of_documents(documents_BT)._part(places_T, documents_BT)
-        if bool((documents_BT == documents_BT[:, :1]).all()):
+        is_one_BT = (documents_BT == documents_BT[:, :1]) & (documents_BT != PADDING)
+        if bool(is_one_BT.all()):
             return cls.whole_rows(documents_BT)
         index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand(
             documents_BT.shape

@@ -1,4 +1,4 @@
-"""One matrix as embedding and head, whose two gradients are added row by row.
+"""Gradients of an embedding, added row by row: of one that is the head too, or of some words alone.
 
 The embedding's gradient has as many rows as there are tokens, the head's as many as there are
 words. Left to autograd, the first becomes a whole matrix of zeros and a few rows, and a third
@@ -7,11 +7,30 @@ matrix their sum: a tenth of a small model's step. Here the few rows are added t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+class LookUp(Protocol):
+    """What looks rows of a matrix up, for their gradient's sake."""
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the matrix, (B, T, D)."""
+        ...
+
+
+class AddedRows:
+    """Rows of a matrix whose gradient is added to the matrix's own, in place, and nowhere else."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the matrix, (B, T, D)."""
+        return _AddedRows.apply(self._weight_VD, tokens_BT)
 
 
 class TiedEmbedding:
@@ -41,6 +60,22 @@ class TiedEmbedding:
     def take(self) -> Tensor | None:
         gradient, self._head_gradient = self._head_gradient, None
         return gradient
+
+
+class _AddedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_BT)
+        ctx.weight_VD = weight_VD
+        return functional.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
+        (grad_BTD,), (tokens_BT,), weight_VD = grad_outputs, ctx.saved_tensors, ctx.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, tokens_BT.flatten(), grad_BTD.flatten(0, 1))
+        return None, None
 
 
 class _Embed(torch.autograd.Function):

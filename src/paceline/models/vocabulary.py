@@ -18,7 +18,15 @@ from paceline.models.layout import Layout
 
 
 class Vocabulary(Protocol):
-    """How words are looked up and predicted."""
+    """How words are looked up and predicted.
+
+    Attributes:
+        is_apart: whether both ends are passes of their own, so that blocks begin and end with
+            hidden states.
+    """
+
+    @property
+    def is_apart(self) -> bool: ...
 
     def embed(self, tokens_BT: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
         """The tokens' embeddings, as blocks take them.
@@ -50,6 +58,8 @@ class Vocabulary(Protocol):
 
 class WholeVocabulary:
     """Every word is here."""
+
+    is_apart = False
 
     def embed(self, tokens_BT: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
         return look_up(tokens_BT)

@@ -38,7 +38,9 @@ class TensorWeights:
 
 
 class RandomWeights:
-    """Seeded weights: normal matrices, unit norms, zero biases, as functions of seed and name.
+    """Seeded weights: normal matrices, unit norms and scales, zero biases.
+
+    They are functions of seed and name.
 
     Args:
         spec: sizes; ``initializer_std`` is the standard deviation.
@@ -56,6 +58,8 @@ class RandomWeights:
             return torch.zeros(shape)
         if "norm" in name.split(".")[-2]:
             return torch.full(shape, 1.0 - self._spec.norm_offset)
+        if name.endswith(".expert_scales"):
+            return torch.ones(shape)
         draws = rng.normal(shape.numel(), seed=self._seed, purpose="initialise", stream=name)
         values = (draws * self._spec.initializer_std).astype(np.float32)
         return torch.from_numpy(values).view(shape)
@@ -78,7 +82,7 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def copy_whole(parameter: nn.Parameter, value: Tensor) -> None:
+def copy_whole(_name: str, parameter: nn.Parameter, value: Tensor) -> None:
     """Puts a weight into a parameter that is not split."""
     parameter.copy_(value)
 
@@ -89,15 +93,15 @@ def fill(
     weights: Weights,
     device: torch.device,
     *,
-    put: Callable[[nn.Parameter, Tensor], None] = copy_whole,
+    put: Callable[[str, nn.Parameter, Tensor], None] = copy_whole,
 ) -> None:
     """Gives a model of the meta device memory on `device` and its weights.
 
     Args:
-        put: how a weight gets into its parameter, where parameters are split over ranks.
+        put: how a weight of a name gets into its parameter, where parameters are split over ranks.
     """
     for prefix, module in model.named_modules():
         # One module at a time: where `put` keeps a part alone, the whole model is never there.
         module.to_empty(device=device, recurse=False)
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            put(parameter, weights.read(name))
+            put(name, parameter, weights.read(name))

@@ -1,6 +1,6 @@
 """Parallelism applied to a plain model, in one fixed order.
 
-peft -> freeze -> pp -> tp -> cp -> remat -> compile -> data -> memory and weights
+peft -> freeze -> pp -> tp -> ep -> cp -> remat -> compile -> data -> memory and weights
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from paceline.optim.parts import Part
 from paceline.parallel.context.share import SharedSequences
 from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
+from paceline.parallel.expert.experts import SHARING, SplitExperts, split_experts
+from paceline.parallel.expert.load import ExpertLoad, watch_experts
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.stages import border_of, cut_of, defer, keep_stages, stage_models
+from paceline.parallel.pipeline.words import Shares, Spread, spread_words
 from paceline.parallel.tensor.decoder import SplitDecoder, split
 from paceline.plan.layout import Place
 from paceline.plan.model_spec import ModelSpec
@@ -47,6 +50,8 @@ class ParallelModel:
         parts: what this rank holds of each parameter.
         tensor: how its matrices are split over ranks, if they are.
         context: how its sequences are shared by ranks, if they are.
+        experts: how its experts are shared out over ranks, if they are.
+        load: of its experts, if it has any.
         added: names of the parameters that fine-tuning has added, if it has: the only ones that
             are trained and saved.
     """
@@ -57,18 +62,25 @@ class ParallelModel:
     parts: dict[str, Part]
     tensor: SplitDecoder | None = None
     context: SharedSequences | None = None
+    experts: SplitExperts | None = None
+    load: ExpertLoad | None = None
     added: frozenset[str] = frozenset()
 
     @property
     def spread_axes(self) -> tuple[str, ...]:
         """Mesh axes over which parameters are spread."""
-        return (*self.data.spread_axes, "tp", "pp")
+        of_experts = () if self.experts is None else SHARING
+        return tuple(dict.fromkeys((*self.data.spread_axes, *of_experts, "tp", "pp")))
 
     def finish_gradients(self) -> None:
         """Called after the last backward of a step; then gradients of parts are whole sums."""
         self.data.finish_gradients(self.module)
+        if self.experts is not None:
+            self.experts.finish_gradients(self.parts)
         if self.context is not None:
-            self.context.finish_gradients(self.parts, self.parts, self.data.reduce_dtype)
+            apart = self.experts.names if self.experts else frozenset[str]()
+            names = [name for name in self.parts if name not in apart]
+            self.context.finish_gradients(self.parts, names, self.data.reduce_dtype)
         if self.tensor is not None:
             self.tensor.finish_gradients(self.parts, self.data.spread_axes)
         self.passes.finish_gradients(self.parts)
@@ -80,6 +92,10 @@ class ParallelModel:
     def finish_evaluation(self) -> None:
         """Called after forward passes that no backward pass follows."""
         self.data.finish_evaluation(self.module)
+
+    def statistics(self) -> dict[str, float]:
+        """What modules have counted since they were last asked, by name; all ranks ask together."""
+        return {} if self.load is None else self.load.statistics()
 
     def parameters(self) -> list[Tensor]:
         """What optimizers move: the parts, frozen ones among them."""
@@ -108,7 +124,17 @@ def apply(
     cut = cut_of(plan, spec, world.coordinate("pp"))
     deferred = defer(model, plan)
     keep_stages(model, cut)
+    degree, rank = world.degree("pp"), world.coordinate("pp")
+    shares = Shares.of(spec.vocab_size, degree, rank) if cut.is_spread else None
+    of_words = spread_words(model, shares) if shares else {}
     tensor, places = _split(model, spec, plan, world)
+    places |= of_words
+    stage: type[DataParallel] = STAGES.load(plan.zero_technique)
+    experts = _share_out(model, plan, world)
+    if experts is not None:
+        places = experts.among(places, stage.spread_axes)
+        tensor = None if tensor is None else tensor.without(experts.names)
+    load = watch_experts(model, spec, plan, world)
     if cut.other_end is not None and cut.has_last:
         places[EMBEDDING] = places[EMBEDDING].disowned()
     context = SharedSequences(plan, world) if plan.mesh.cp > 1 else None
@@ -118,7 +144,7 @@ def apply(
     if is_compiled(plan, world.device):
         for block in model.blocks:
             block.compile()
-    data: DataParallel = STAGES.load(plan.zero_technique)(world, plan.precision)
+    data = stage(world, plan.precision, frozenset() if experts is None else experts.names)
     data.wrap(model)
     fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
     passes = Passes(
@@ -129,13 +155,16 @@ def apply(
         border=partial(border_of, model, plan),
         world=world,
         deferred=deferred,
+        spread=Spread(model, shares, plan.pipeline.vocabulary_barriers, data.run_words)
+        if shares
+        else None,
         run_stage=data.run_stage,
         on_ready=data.on_ready,
         finished=partial(data.finish_pass, model),
         share=context.share if context else lambda batch: batch,
     )
     parts = data.hold(model, places)
-    return ParallelModel(model, passes, data, parts, tensor, context, attached.added)
+    return ParallelModel(model, passes, data, parts, tensor, context, experts, load, attached.added)
 
 
 def _split(
@@ -147,6 +176,14 @@ def _split(
         return None, {name: Place.of_whole(tuple(p.shape)) for name, p in named}
     tensor = split(model, spec, world, is_sequence_parallel=plan.tensor.sequence_parallel)
     return tensor, dict(tensor.places)
+
+
+def _share_out(model: Decoder, plan: Plan, world: World) -> SplitExperts | None:
+    """Shares experts out over ranks, if there are several."""
+    if plan.mesh.ep == 1:
+        return None
+    reduce_dtype = choose_dtype(plan.precision.reduce, world.device)
+    return split_experts(model, world, dispatch=plan.expert.dispatch, reduce_dtype=reduce_dtype)
 
 
 class _PartWeights:
@@ -180,7 +217,7 @@ def is_compiled(plan: Plan, device: torch.device) -> bool:
         return plan.train.compile == "on"
     schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
     mesh = plan.mesh
-    is_plain = mesh.tp == mesh.pp == mesh.cp == 1 and not schedule.splits_backward
+    is_plain = mesh.tp == mesh.pp == mesh.cp == mesh.ep == 1 and not schedule.splits_backward
     return is_plain and device.type == "cuda" and plan.precision.compute != "float64"
 
 

@@ -26,10 +26,6 @@ from paceline.plan.plan import ContextConfig, PeftConfig, Plan, PrecisionConfig
 from paceline.plan.tensor_rules import head_share
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.ep": (1,),
-    "pipeline.vocabulary": ("edges",),
-    "expert.dispatch": ("all-to-all",),
-    "expert.balance_loss_weight": (0.0,),
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
@@ -48,6 +44,7 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
 """Key to the values that this version runs; absent keys run with any value that parses."""
 
 NAMED: dict[str, str] = {
+    "expert.dispatch": "paceline.parallel.expert:DISPATCHES",
     "optimizer.name": "paceline.optim:OPTIMIZERS",
     "peft.method": "paceline.models.peft:PEFT",
     "serve.policy": "paceline.serve.schedule:POLICIES",
@@ -81,6 +78,7 @@ POSITIVE = (
     "serve.max_sequences",
 )
 NOT_NEGATIVE = (
+    "expert.balance_loss_weight",
     "train.seed",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
@@ -340,10 +338,88 @@ def _tensor_fits(known: Known) -> Iterator[Problem]:
         "columns of the feed-forward": spec.d_ffn,
         "words of the vocabulary": spec.vocab_size,
     }
+    if spec.moe is not None and spec.moe.d_shared:
+        sizes["columns of what all tokens share"] = spec.moe.d_shared
     for what, most in sizes.items():
         if degree > most:
             rule, hint = f"exceeds the model's {most} {what}", f"use at most {min(sizes.values())}"
             yield _problem(known, "mesh.tp", rule, hint)
+
+
+def _ladder_fits(known: Known) -> Iterator[Problem]:
+    """Between a ladder's layers goes an output that is under way; in its sums, whole tokens."""
+    plan, spec = known.plan, known.spec
+    if spec is None or spec.ladder_from is None:
+        return
+    if plan.mesh.pp > 1:
+        rule = "cuts a model whose ladder residual has an output under way between its layers"
+        yield _problem(known, "mesh.pp", rule, "use 1; mesh.tp and mesh.dp_shard split it too")
+    if plan.mesh.tp > 1 and plan.tensor.sequence_parallel:
+        rule = "splits the tokens of a residual stream that is a ladder, whose sums are whole"
+        yield _problem(known, "tensor.sequence_parallel", rule, "set it to false")
+    if plan.mesh.tp > 1 and spec.moe is not None:
+        rule = "has not been proved with experts in a ladder residual"
+        yield _problem(known, "mesh.tp", rule, "use 1")
+
+
+def _experts_re_group(known: Known) -> Iterator[Problem]:
+    """Experts are shared out among the ranks that hold one state."""
+    mesh, count = known.plan.mesh, _expert_ranks(known.plan)
+    if count % mesh.ep:
+        rule = f"must divide dp_shard x cp x tp = {count}, which it re-groups"
+        near = _nearest(mesh.ep, _divisors(count))
+        yield _problem(known, "mesh.ep", rule, f"use {near}")
+
+
+def _experts_fit(known: Known) -> Iterator[Problem]:
+    """Every rank holds as many experts, and has as many tokens for them where groups see to it."""
+    degree, spec = known.plan.mesh.ep, known.spec
+    if degree == 1 or spec is None:
+        return
+    if spec.moe is None:
+        rule = f"shares out experts, of which a model of {spec.family} has none"
+        yield _problem(known, "mesh.ep", rule, "use 1")
+        return
+    counts = {"experts": spec.moe.num_experts}
+    if spec.moe.num_groups > 1:
+        counts = {"groups of experts": spec.moe.num_groups, **counts}
+    for what, count in counts.items():
+        if count % degree:
+            rule = f"must divide the model's {count} {what}, so that ranks have the same load"
+            near = _nearest(
+                degree, _divisors(math.gcd(*counts.values(), _expert_ranks(known.plan)))
+            )
+            yield _problem(known, "mesh.ep", rule, f"use {near}")
+            return
+
+
+def _expert_ranks(plan: Plan) -> int:
+    """Ranks that `mesh.ep` re-groups."""
+    return plan.mesh.dp_shard * plan.mesh.cp * plan.mesh.tp
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _experts_have_own_tokens(known: Known) -> Iterator[Problem]:
+    plan = known.plan
+    if plan.mesh.ep > 1 and plan.mesh.tp > 1 and not plan.tensor.sequence_parallel:
+        rule = "has tensor ranks hold the same tokens, all of which mesh.ep would send to experts"
+        hint = "leave it out, or set mesh.ep = 1"
+        yield _problem(known, "tensor.sequence_parallel", rule, hint)
+
+
+def _balance_has_experts(known: Known) -> Iterator[Problem]:
+    path, plan = "expert.balance_loss_weight", known.plan
+    if not plan.expert.balance_loss_weight:
+        return
+    if known.spec is not None and known.spec.moe is None:
+        rule = f"balances experts, of which a model of {known.spec.family} has none"
+        yield _problem(known, path, rule, "leave it out")
+    if plan.peft.method != "none":
+        rule = f"has not been proved with peft.method = {plan.peft.method}"
+        yield _problem(known, path, rule, 'leave it out, or set peft.method = "none"')
 
 
 _NO_CONTEXT = "says how mesh.cp ranks share sequences, which is 1"
@@ -368,7 +444,7 @@ def _ulysses_divides(known: Known) -> Iterator[Problem]:
         rule = f"is not read by context.method = {plan.context.method}"
         yield _problem(known, path, rule, "it is for ulysses-ring")
     elif cp % degree:
-        near = _nearest(degree, [n for n in range(1, cp + 1) if cp % n == 0])
+        near = _nearest(degree, _divisors(cp))
         yield _problem(known, path, f"must divide mesh.cp = {cp}", f"use {near}")
 
 
@@ -437,7 +513,7 @@ def _peft_whole(known: Known) -> Iterator[Problem]:
 
 def _ways_of_splitting(plan: Plan) -> dict[str, str]:
     """How a plan splits blocks or backward passes: each way, and what does not."""
-    axes = [axis for axis in ("pp", "cp", "tp") if getattr(plan.mesh, axis) > 1]
+    axes = [axis for axis in ("pp", "cp", "tp", "ep") if getattr(plan.mesh, axis) > 1]
     ways = {f"mesh.{axis} > 1": f"mesh.{axis} = 1" for axis in axes}
     if _schedule(plan.pipeline.schedule).splits_backward:
         way = f"{plan.pipeline.schedule}, which splits backward passes"
@@ -528,6 +604,26 @@ def _stage_cuts(known: Known) -> Iterator[Problem]:
         yield _problem(known, path, f"must increase, from 1{end}", hint)
 
 
+def _vocabulary_spreads(known: Known) -> Iterator[Problem]:
+    """Words are spread over the ranks of a pipeline, each of which has some of them."""
+    pipeline, mesh, path = known.plan.pipeline, known.plan.mesh, "pipeline.vocabulary"
+    if pipeline.vocabulary == "edges":
+        if pipeline.vocabulary_barriers != 1:
+            rule = "is for words that are spread, and they are on the edge stages"
+            hint = 'leave it out, or set pipeline.vocabulary = "spread"'
+            yield _problem(known, "pipeline.vocabulary_barriers", rule, hint)
+        return
+    if mesh.pp == 1:
+        rule = "spreads words over mesh.pp ranks, of which there is one"
+        yield _problem(known, path, rule, 'set mesh.pp = 2 or more, or use "edges"')
+    if mesh.tp > 1:
+        rule = "has not been proved with mesh.tp > 1, which splits words too"
+        yield _problem(known, path, rule, 'set mesh.tp = 1, or use "edges"')
+    if known.spec is not None and mesh.pp > known.spec.vocab_size:
+        rule = f"exceeds the model's {known.spec.vocab_size} words, which are spread"
+        yield _problem(known, "mesh.pp", rule, f"use at most {known.spec.vocab_size}")
+
+
 def _split_backward(known: Known) -> Iterator[Problem]:
     """Weight passes of their own need the weights as they are, long after the input pass."""
     plan, path = known.plan, "pipeline.schedule"
@@ -556,6 +652,12 @@ def _module_axes(known: Known) -> Iterator[Problem]:
         yield _problem(known, path, rule, hint)
 
 
+def _module_loss_is_its_own(known: Known) -> Iterator[Problem]:
+    if known.plan.expert.balance_loss_weight:
+        rule = "is for models of this package: a module of one's own adds its losses itself"
+        yield _problem(known, "expert.balance_loss_weight", rule, "leave it out")
+
+
 def _module_rows_are_whole(known: Known) -> Iterator[Problem]:
     if known.plan.mesh.tp > 1 and known.plan.tensor.sequence_parallel:
         path = "tensor.sequence_parallel"
@@ -567,8 +669,9 @@ BASIC_RULES: tuple[Rule, ...] = (_signs, _betas, _not_built, _names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
+_EXPERT_RANKS = ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp")
 _STAGES = ("mesh.pp", "pipeline.stages_per_rank")
-_SPLITS = ("mesh.pp", "mesh.cp", "mesh.tp", "pipeline.schedule")
+_SPLITS = ("mesh.pp", "mesh.cp", "mesh.tp", "mesh.ep", "pipeline.schedule")
 _CONTEXT = ("mesh.cp", "context.method", "context.ulysses_degree")
 _ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
 
@@ -582,6 +685,11 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _context_fits: ("train.sequence_length", "peft.method", "peft.virtual_tokens"),
     _tensor_has_ranks: ("mesh.tp", "tensor.sequence_parallel"),
     _tensor_fits: ("mesh.tp",),
+    _ladder_fits: ("mesh.pp", "mesh.tp", "tensor.sequence_parallel"),
+    _experts_re_group: _EXPERT_RANKS,
+    _experts_fit: _EXPERT_RANKS,
+    _experts_have_own_tokens: ("mesh.ep", "mesh.tp", "tensor.sequence_parallel"),
+    _balance_has_experts: ("expert.balance_loss_weight", "peft.method"),
     _context_has_ranks: ("mesh.cp", "context.method"),
     _ulysses_divides: _CONTEXT,
     _ulysses_has_heads: (*_CONTEXT, "mesh.tp"),
@@ -594,10 +702,16 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _whole_rounds: (*_ROUNDS, "train.microbatch_tokens"),
     _stages_have_layers: _STAGES,
     _stage_cuts: (*_STAGES, "pipeline.stage_cuts"),
+    _vocabulary_spreads: (
+        "mesh.pp",
+        "mesh.tp",
+        "pipeline.vocabulary",
+        "pipeline.vocabulary_barriers",
+    ),
     _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
 WARNINGS: tuple[Rule, ...] = (_token_ring_pays,)
 """Rules that a plan without problems may break: they say what that costs."""
-MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole)
+MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole, _module_loss_is_its_own)
 """Rules for `paceline.parallelize` alone, whose module is not ours."""

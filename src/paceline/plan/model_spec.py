@@ -40,6 +40,11 @@ class MoeSpec(Config):
         d_expert: width of an expert's hidden layer.
         normalize_weights: whether the chosen experts' weights are made to sum to 1.
         dense_layers: layers that keep the plain feed-forward.
+        num_groups: equal groups of neighbouring experts, in each of which a token chooses equally
+            many; divides `num_experts` and `experts_per_token`.
+        expert_scales: whether the weight of each expert is multiplied by one that is learned.
+        d_shared: width of the hidden layer of what every token meets beside its experts; 0: none.
+        shared_gate: whether that is multiplied by a sigmoid of the token.
     """
 
     num_experts: int
@@ -47,6 +52,10 @@ class MoeSpec(Config):
     d_expert: int
     normalize_weights: bool = True
     dense_layers: tuple[int, ...] = ()
+    num_groups: int = 1
+    expert_scales: bool = False
+    d_shared: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +95,8 @@ class ModelSpec(Config):
         output_bias: whether attention's output projection has one.
         ffn_bias: whether the feed-forward's projections have biases.
         initializer_std: of the weights of a random model.
+        ladder_from: the first layer whose residual is a ladder (`paceline.models.ladder`), as are
+            all after it; 0: every layer is, None: none.
     """
 
     family: str
@@ -118,6 +129,7 @@ class ModelSpec(Config):
     output_bias: bool = False
     ffn_bias: bool = False
     initializer_std: float = 0.02
+    ladder_from: int | None = None
 
     @property
     def d_query(self) -> int:
@@ -132,6 +144,10 @@ class ModelSpec(Config):
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, None where it sees the whole document."""
         return None if layer in self.global_layers else self.window
+
+    def is_ladder(self, layer: int) -> bool:
+        """Whether a layer's residual is a ladder."""
+        return self.ladder_from is not None and layer >= self.ladder_from
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts."""
@@ -151,7 +167,9 @@ class ModelSpec(Config):
             return matrices * self.d_model * self.d_ffn
         experts = self.moe.experts_per_token if active else self.moe.num_experts
         router = self.d_model * self.moe.num_experts
-        return router + experts * matrices * self.d_model * self.moe.d_expert
+        gate = self.d_model if self.moe.shared_gate else 0
+        hidden = experts * self.moe.d_expert + self.moe.d_shared
+        return router + gate + matrices * self.d_model * hidden
 
     def matrix_parameters(self, *, active: bool) -> int:
         """Weights of all blocks that multiply tokens."""
@@ -173,7 +191,15 @@ class ModelSpec(Config):
         if self.positions == "learned":
             embeddings += self.max_positions * self.d_model
         vectors = self.num_layers * self._layer_vector_parameters + self._norm_parameters
+        vectors += self._expert_scales(active=active)
         return self.matrix_parameters(active=active) + embeddings + vectors
+
+    def _expert_scales(self, *, active: bool) -> int:
+        """Learned scales of experts: all of them, or those of the ones that a token meets."""
+        if self.moe is None or not self.moe.expert_scales:
+            return 0
+        num_layers = sum(self.has_experts(layer) for layer in range(self.num_layers))
+        return num_layers * (self.moe.experts_per_token if active else self.moe.num_experts)
 
     @property
     def _norm_parameters(self) -> int:

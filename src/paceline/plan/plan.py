@@ -48,6 +48,9 @@ class PipelineConfig(Config):
         stages_per_rank: virtual stages on each rank.
         stage_cuts: index of the first block of every stage but the first. Absent: even FLOPs.
         vocabulary: embedding and head on the edge stages, or spread over all of them.
+        vocabulary_barriers: how often a micro-batch waits for all ranks where it is spread: with
+            2 the gradient of hidden states is made from all ranks' statistics, with 1 from each
+            rank's own, and scaled later. Each holds one more micro-batch's activations.
     """
 
     schedule: Literal[
@@ -57,6 +60,7 @@ class PipelineConfig(Config):
     stages_per_rank: int = 1
     stage_cuts: tuple[int, ...] | None = None
     vocabulary: Literal["edges", "spread"] = "edges"
+    vocabulary_barriers: Literal[1, 2] = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

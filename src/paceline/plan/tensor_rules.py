@@ -129,18 +129,26 @@ def _attention_rules(spec: ModelSpec, tp: int) -> dict[str, Split]:
 
 
 def _ffn_rules(spec: ModelSpec, layer: int, tp: int) -> dict[str, Split]:
-    if spec.has_experts(layer):
-        experts = dict.fromkeys((f"ffn.experts.{part}" for part in ("gate", "up", "down")), WHOLE)
-        return {"ffn.router.weight": WHOLE} | experts
-    hidden = _rows(spec.d_ffn, tp)
+    if spec.moe is None or not spec.has_experts(layer):
+        return _hidden_rules("ffn", spec, spec.d_ffn, tp)
+    names = ["router.weight", *(f"experts.{part}" for part in ("gate", "up", "down"))]
+    names += ["expert_scales"] if spec.moe.expert_scales else []
+    names += ["shared_gate.weight"] if spec.moe.shared_gate else []
+    shared = _hidden_rules("ffn.shared", spec, spec.moe.d_shared, tp) if spec.moe.d_shared else {}
+    return dict.fromkeys((f"ffn.{name}" for name in names), WHOLE) | shared
+
+
+def _hidden_rules(prefix: str, spec: ModelSpec, width: int, tp: int) -> dict[str, Split]:
+    """A feed-forward, by the columns of its hidden layer."""
+    hidden = _rows(width, tp)
     rules: dict[str, Split] = {}
     for name in ("gate", "up") if spec.gated_ffn else ("up",):
-        rules[f"ffn.{name}.weight"] = hidden
+        rules[f"{prefix}.{name}.weight"] = hidden
         if spec.ffn_bias:
-            rules[f"ffn.{name}.bias"] = hidden
-    rules["ffn.down.weight"] = Split(1, hidden.shares)
+            rules[f"{prefix}.{name}.bias"] = hidden
+    rules[f"{prefix}.down.weight"] = Split(1, hidden.shares)
     if spec.ffn_bias:
-        rules["ffn.down.bias"] = WHOLE
+        rules[f"{prefix}.down.bias"] = WHOLE
     return rules
 
 

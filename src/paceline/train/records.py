@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from paceline.core.record import Record
 
@@ -50,6 +51,8 @@ class StepRecord(Record):
         time_s: of this step.
         peak_share: this rank's model FLOP/s over its measured peak (MFU).
         memory_bytes: the most this rank has held.
+        statistics: what the model's modules have counted in the step, by name; the same on every
+            rank. In the file each of them is a key beside the others.
     """
 
     kind: ClassVar[str] = "step"
@@ -64,6 +67,11 @@ class StepRecord(Record):
     time_s: float
     peak_share: float
     memory_bytes: int
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = Record.to_dict(self)
+        return values | values.pop("statistics")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

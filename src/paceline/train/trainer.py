@@ -151,6 +151,7 @@ class Trainer:
             time_s=time_s,
             peak_share=flops_per_s / self._peak_flops,
             memory_bytes=peak_memory_bytes(self.world.device),
+            statistics=self.state.model.statistics(),
         )
         self._records.write(record)
         self._say(log_line(record, self.config.steps))
@@ -211,8 +212,12 @@ class Trainer:
 def log_line(record: StepRecord, num_steps: int) -> str:
     """A step as a person reads it."""
     left = timedelta(seconds=round((num_steps - record.step) * record.time_s))
+    counted = "".join(
+        f"{name.replace('_', ' ')} {value:.3f}  " for name, value in record.statistics.items()
+    )
     return (
         f"step {record.step}/{num_steps}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}  "
+        f"{counted}"
         f"{record.tokens_per_s:,.0f} tokens/s  {record.peak_share:.0%} of peak  "
         f"{record.memory_bytes / 2**30:.2f} GiB  eta {left}"
     )

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from paceline.core.errors import ConfigError, Problem, UsageError, name_hint
 from paceline.core.registry import NameTable
-from paceline.plan.model_spec import ModelSpec
+from paceline.models.ladder_config import is_ladder, plain_part
+from paceline.plan.model_spec import ModelSpec, MoeSpec
 
 _SIZES = (
     "vocab_size",
@@ -42,7 +44,9 @@ FAMILIES = NameTable(
         "gpt2": "paceline.models.families.gpt2",
         "olmo2": "paceline.models.families.olmo2",
         "mixtral": "paceline.models.families.mixtral",
+        "qwen2-moe": "paceline.models.families.qwen2_moe",
         "qwen3-moe": "paceline.models.families.qwen3_moe",
+        "pangu-moe": "paceline.models.families.pangu_moe",
     },
 )
 
@@ -55,7 +59,10 @@ _MODEL_TYPES = {
     "gpt2": "gpt2",
     "olmo2": "olmo2",
     "mixtral": "mixtral",
+    "qwen2_moe": "qwen2-moe",
     "qwen3_moe": "qwen3-moe",
+    "PanguProMoE": "pangu-moe",
+    "PanGuMoE": "pangu-moe",
 }
 """What a config.json calls each family."""
 
@@ -76,6 +83,8 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
         UsageError: a family or a feature that this version does not compute; names it.
         ConfigError: sizes that make no model, all of them.
     """
+    if is_ladder(config):
+        return _ladder_spec(config, source)
     model_type = str(config.get("model_type"))
     if model_type not in _MODEL_TYPES:
         hint = name_hint(model_type, _MODEL_TYPES)
@@ -97,6 +106,31 @@ def spec_from_config(config: Mapping[str, Any], *, source: str) -> ModelSpec:
     return spec
 
 
+def _ladder_spec(config: Mapping[str, Any], source: str) -> ModelSpec:
+    try:
+        plain, first_layer = plain_part(config)
+    except KeyError as error:
+        raise UsageError(f"{source}: lacks the key {error}") from error
+    except TypeError as error:
+        raise UsageError(f"{source}: a value is not what its key needs: {error}") from error
+    spec = replace(spec_from_config(plain, source=source), ladder_from=first_layer)
+    spec = ModelSpec.from_dict(spec.to_dict(), source=source)
+    if problems := _ladder_problems(spec):
+        raise ConfigError(problems, source=source)
+    return spec
+
+
+def _ladder_problems(spec: ModelSpec) -> list[Problem]:
+    first, problems = spec.ladder_from, list[Problem]()
+    if first is None or not 0 <= first < spec.num_layers:
+        rule = f"must be a layer, from 0 to {spec.num_layers - 1}"
+        problems.append(Problem("ladder_from", str(first), rule))
+    if spec.norm_placement != "before":
+        rule = "must be before: a norm behind a sublayer needs its output at once"
+        problems.append(Problem("norm_placement", spec.norm_placement, rule))
+    return problems
+
+
 def _problems(spec: ModelSpec) -> list[Problem]:
     """Sizes that make no model."""
     sizes = {name: getattr(spec, name) for name in _SIZES}
@@ -107,7 +141,22 @@ def _problems(spec: ModelSpec) -> list[Problem]:
     if spec.head_dim % 2 and spec.positions == "rotary":
         rule = "must be even: rotary positions turn its halves against each other"
         problems.append(Problem("head_dim", str(spec.head_dim), rule))
-    if spec.moe is not None and not 0 < spec.moe.experts_per_token <= spec.moe.num_experts:
-        rule = f"must be from 1 to num_experts = {spec.moe.num_experts}"
-        problems.append(Problem("moe.experts_per_token", str(spec.moe.experts_per_token), rule))
+    return problems if spec.moe is None else problems + _expert_problems(spec.moe)
+
+
+def _expert_problems(moe: MoeSpec) -> list[Problem]:
+    """Sizes that make no mixture of experts."""
+    problems: list[Problem] = []
+    if not 0 < moe.experts_per_token <= moe.num_experts:
+        rule = f"must be from 1 to num_experts = {moe.num_experts}"
+        problems.append(Problem("moe.experts_per_token", str(moe.experts_per_token), rule))
+    sizes = (moe.num_experts, moe.experts_per_token)
+    if moe.num_groups <= 0 or any(size % moe.num_groups for size in sizes):
+        rule = f"must divide num_experts = {sizes[0]} and experts_per_token = {sizes[1]}"
+        problems.append(Problem("moe.num_groups", str(moe.num_groups), rule))
+    if moe.d_shared < 0:
+        problems.append(Problem("moe.d_shared", str(moe.d_shared), "must not be negative"))
+    if moe.shared_gate and moe.d_shared <= 0:
+        rule = "is for what all tokens share, which has the width moe.d_shared = 0"
+        problems.append(Problem("moe.shared_gate", "true", rule))
     return problems

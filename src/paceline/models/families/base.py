@@ -20,11 +20,13 @@ class Stored:
         names: of one tensor, or of several that are stacked, one for each expert.
         is_transposed: whether the file has inputs as rows.
         rows: first and last + 1 row, where the file's tensor holds more than this parameter.
+        is_row: whether the file has a vector as the one row of a matrix.
     """
 
     names: tuple[str, ...]
     is_transposed: bool = False
     rows: tuple[int, int] | None = None
+    is_row: bool = False
 
 
 def read_common(config: Mapping[str, Any], *, theta: float = 10000.0) -> dict[str, Any]:
@@ -178,14 +180,17 @@ QUERY_KEY_NORMS = {
 }
 PRE_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 GATED_FFN = {"ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"}
+EXPERTS = {part: f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+SHARED_FFN = {f"ffn.shared.{part}": f"mlp.shared_expert.{part}_proj" for part in EXPERTS}
 
 
 def weight_map(
     spec: ModelSpec,
-    block: Mapping[str, str],
+    block: dict[str, str],
     *,
     experts: Mapping[str, str] | None = None,
     router: str = "",
+    beside: dict[str, str] | None = None,
 ) -> dict[str, Stored]:
     """Our parameters to the names that Llama and its kin store them under.
 
@@ -195,6 +200,7 @@ def weight_map(
         experts: part of the experts to its name, with ``{}`` for the expert's number; their layers
             have no plain feed-forward.
         router: name of the experts' router.
+        beside: part of a block to its name, in layers with experts alone.
     """
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not spec.tied_embeddings:
@@ -202,7 +208,8 @@ def weight_map(
     stored = {ours: Stored((name,)) for ours, name in names.items()}
     for layer in range(spec.num_layers):
         ours, published = f"blocks.{layer}", f"model.layers.{layer}"
-        for part, name in block.items():
+        parts = block | (beside or {}) if spec.has_experts(layer) else block
+        for part, name in parts.items():
             if spec.has_experts(layer) and part in GATED_FFN:
                 continue
             for kind in ("weight", "bias") if _has_bias(spec, part) else ("weight",):

@@ -28,7 +28,7 @@ _CHANGES: dict[str, Any] = {"family": "mixtral", "tied_embeddings": False, "rope
 PRESETS = {
     "tiny": replace(
         llama.PRESETS["tiny"],
-        moe=MoeSpec(num_experts=5, experts_per_token=2, d_expert=72),
+        moe=MoeSpec(num_experts=8, experts_per_token=2, d_expert=72),
         **_CHANGES,
     ),
     "small": replace(

@@ -9,6 +9,7 @@ from typing import Any
 from paceline.models.families import qwen3
 from paceline.models.families.base import (
     ATTENTION,
+    EXPERTS,
     GATED_FFN,
     PRE_NORMS,
     QUERY_KEY_NORMS,
@@ -18,8 +19,6 @@ from paceline.models.families.base import (
 )
 from paceline.models.families.base import weight_map as common_map
 from paceline.plan.model_spec import ModelSpec, MoeSpec
-
-_EXPERTS = {part: f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
 
 PRESETS = {
     "tiny": replace(
@@ -52,34 +51,43 @@ PRESETS = {
 }
 
 
-def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+def read_experts(config: Mapping[str, Any]) -> MoeSpec:
+    """The experts that Qwen's keys state."""
     step = config.get("decoder_sparse_step", 1)
     listed = config.get("mlp_only_layers") or []
     layers = range(config["num_hidden_layers"])
-    moe = MoeSpec(
+    return MoeSpec(
         num_experts=config.get("num_experts") or config["num_local_experts"],
         experts_per_token=config["num_experts_per_tok"],
         d_expert=config["moe_intermediate_size"],
         normalize_weights=config.get("norm_topk_prob", False),
         dense_layers=tuple(n for n in layers if n in listed or (n + 1) % step),
     )
-    return replace(qwen3.spec_from_config(config), family="qwen3-moe", moe=moe)
+
+
+def write_experts(moe: MoeSpec) -> dict[str, Any]:
+    """What `read_experts` reads."""
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.d_expert,
+        "norm_topk_prob": moe.normalize_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(moe.dense_layers),
+    }
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    dense = qwen3.spec_from_config(config)
+    return replace(dense, family="qwen3-moe", moe=read_experts(config))
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     assert spec.moe is not None
     common = write_common(spec, "qwen3_moe", "Qwen3MoeForCausalLM") | write_windows(spec)
-    return common | {
-        "attention_bias": spec.qkv_bias,
-        "num_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.experts_per_token,
-        "moe_intermediate_size": spec.moe.d_expert,
-        "norm_topk_prob": spec.moe.normalize_weights,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(spec.moe.dense_layers),
-    }
+    return common | {"attention_bias": spec.qkv_bias} | write_experts(spec.moe)
 
 
 def weight_map(spec: ModelSpec) -> dict[str, Stored]:
     block = PRE_NORMS | ATTENTION | QUERY_KEY_NORMS | GATED_FFN
-    return common_map(spec, block, experts=_EXPERTS, router="mlp.gate")
+    return common_map(spec, block, experts=EXPERTS, router="mlp.gate")

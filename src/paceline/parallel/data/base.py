@@ -25,14 +25,19 @@ class DataParallel(ABC):
     Args:
         world: the ranks.
         precision: dtypes of compute and of the reduction.
+        apart: names of parameters that are not shared so: every rank holds what it has of them as
+            it is, and their gradients are summed elsewhere.
     """
 
     spread_axes: tuple[str, ...] = ()
     """Mesh axes over which the parts that `hold` gives are spread."""
 
-    def __init__(self, world: World, precision: PrecisionConfig) -> None:
+    def __init__(
+        self, world: World, precision: PrecisionConfig, apart: frozenset[str] = frozenset()
+    ) -> None:
         self.world = world
         self.precision = precision
+        self.apart = apart
 
     @property
     def reduce_dtype(self) -> torch.dtype:
@@ -50,7 +55,7 @@ class DataParallel(ABC):
         """Changes a model of the meta device in place, before it has memory."""
 
     @abstractmethod
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
         """Gives a parameter its value, or this rank's part of it."""
 
     @abstractmethod
@@ -70,6 +75,14 @@ class DataParallel(ABC):
             is_first: whether it looks tokens up.
         """
         return run()
+
+    def run_words(self, run: Callable[[], None]) -> None:
+        """Runs a pass of a vocabulary that is in no stage, which reads its weights.
+
+        Args:
+            run: the pass; it keeps nothing of them.
+        """
+        run()
 
     @abstractmethod
     def finish_pass(self, model: Decoder) -> None:

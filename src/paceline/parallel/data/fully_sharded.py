@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from paceline.dist.collectives import CountedAllGather, CountedReduceScatter
 from paceline.kernels.device import choose_dtype
 from paceline.models.decoder import Decoder
+from paceline.models.weights import copy_whole
 from paceline.optim.parts import Part
 from paceline.parallel.data.base import DataParallel
 from paceline.plan.layout import Place, padded_share
@@ -43,8 +44,9 @@ class FullySharded(DataParallel):
             cast_forward_inputs=False,
         )
         mesh = self.world.device_mesh(*axes)
+        ignored = {model.get_parameter(name) for name in self.apart}
         for unit in (*model.blocks, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=ignored or None)
             wrapped = cast("FSDPModule", unit)
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
@@ -64,7 +66,10 @@ class FullySharded(DataParallel):
                 )
             )
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        if name in self.apart:
+            copy_whole(name, parameter, value)
+            return
         assert isinstance(parameter, DTensor)
         # Every rank has read the whole value: no one needs to send it.
         whole = value.to(parameter.device, parameter.dtype)
@@ -76,10 +81,12 @@ class FullySharded(DataParallel):
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
         degree, index = self.world.mesh.dp_shard, self.world.coordinate("dp_shard")
 
-        def rows(place: Place) -> Place:
+        def part(name: str, place: Place) -> Place:
+            if name in self.apart:
+                return place
             return place.rows(padded_share(place.box.sizes[0], degree, index))
 
-        return {name: Part(p, rows(places[name])) for name, p in model.named_parameters()}
+        return {n: Part(p, part(n, places[n])) for n, p in model.named_parameters()}
 
     def finish_pass(self, model: Decoder) -> None:
         pass  # gradients are reduced as they become ready

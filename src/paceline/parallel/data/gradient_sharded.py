@@ -37,12 +37,12 @@ class GradientSharded(DataParallel):
     def wrap(self, model: Decoder) -> None:
         pass
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        copy_whole(parameter, value)
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        copy_whole(name, parameter, value)
 
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
-        parts, units = hold_rows(model, places, self.world), units_of(model)
-        self._parts = trained_parts(model, parts)
+        parts, units = hold_rows(model, places, self.world, self.apart), units_of(model)
+        self._parts = trained_parts(model, parts, self.apart)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, self._parts)
         self._ready = ReadyGradients(self._gradients, units)
         self._watch = Watch(model, units, self)

@@ -39,12 +39,12 @@ class OptimizerSharded(DataParallel):
     def wrap(self, model: Decoder) -> None:
         pass
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        copy_whole(parameter, value)
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        copy_whole(name, parameter, value)
 
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
-        parts = hold_rows(model, places, self.world)
-        self._parts = trained_parts(model, parts)
+        parts = hold_rows(model, places, self.world, self.apart)
+        self._parts = trained_parts(model, parts, self.apart)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, self._parts)
         return parts
 
@@ -63,16 +63,21 @@ class OptimizerSharded(DataParallel):
         pass  # every rank has whole parameters
 
 
-def hold_rows(model: Decoder, places: Mapping[str, Place], world: World) -> dict[str, Part]:
+def hold_rows(
+    model: Decoder, places: Mapping[str, Place], world: World, apart: frozenset[str]
+) -> dict[str, Part]:
     """Parts of whole parameters: of trained ones this rank's rows, as views of their memory.
 
     Frozen parameters are held whole, since no rank would have to tell others of them, but each
-    rank stands for its rows alone.
+    rank stands for its rows alone. Parameters that are `apart` are held as they are.
     """
     degree, index = world.mesh.dp_shard, world.coordinate("dp_shard")
     parts: dict[str, Part] = {}
     for name, parameter in model.named_parameters():
         place = places[name]
+        if name in apart:
+            parts[name] = Part(parameter, place)
+            continue
         span = padded_share(place.box.sizes[0], degree, index)
         rows = place.rows(span)
         if parameter.requires_grad:
@@ -83,12 +88,14 @@ def hold_rows(model: Decoder, places: Mapping[str, Place], world: World) -> dict
     return parts
 
 
-def trained_parts(model: Decoder, parts: Mapping[str, Part]) -> dict[nn.Parameter, nn.Parameter]:
-    """Each trained parameter of a model and the part of it that the optimizer moves."""
+def trained_parts(
+    model: Decoder, parts: Mapping[str, Part], apart: frozenset[str]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Each trained parameter that is not `apart`, and the part of it that the optimizer moves."""
     found: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         part = parts[name].tensor
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in apart:
             assert isinstance(part, nn.Parameter)
             found[parameter] = part
     return found

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from paceline.dist.world import World
 from paceline.models.decoder import Decoder
+from paceline.models.weights import copy_whole
 from paceline.optim.parts import Part
 from paceline.parallel.data.base import DataParallel
 from paceline.parallel.data.optimizer_sharded import gather_rows, trained_parts
 from paceline.parallel.data.ready_gradients import ReadyGradients
 from paceline.parallel.data.shard_gradients import ShardGradients
-from paceline.parallel.data.units import Unit, Watch, units_of
+from paceline.parallel.data.units import WORDS, Unit, Watch, units_of
 from paceline.plan.layout import Place, padded_share
 from paceline.plan.plan import PrecisionConfig
 
@@ -43,15 +44,21 @@ class ParameterSharded(DataParallel):
 
     spread_axes = ("dp_shard",)
 
-    def __init__(self, world: World, precision: PrecisionConfig) -> None:
-        super().__init__(world, precision)
+    def __init__(
+        self, world: World, precision: PrecisionConfig, apart: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(world, precision, apart)
         self._rows: dict[nn.Parameter, nn.Parameter] = {}
+        self._units: list[Unit] = []
         self._whole: dict[Unit, tuple[nn.Parameter, ...]] = {}
 
     def wrap(self, model: Decoder) -> None:
         pass
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        if name in self.apart:
+            copy_whole(name, parameter, value)
+            return
         span = self._span(parameter.shape[0])
         rows = value[span.start : span.stop].to(parameter.device, parameter.dtype, copy=True)
         self._rows[parameter] = nn.Parameter(rows, requires_grad=parameter.requires_grad)
@@ -59,11 +66,11 @@ class ParameterSharded(DataParallel):
 
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
         parts = {
-            name: Part(self._rows[p], places[name].rows(self._span(places[name].box.sizes[0])))
+            name: Part(p, places[name]) if name in self.apart else self._part(p, places[name])
             for name, p in model.named_parameters()
         }
-        units = units_of(model)
-        trained = trained_parts(model, parts)
+        self._units = units = units_of(model)
+        trained = trained_parts(model, parts, self.apart)
         self._gradients = ShardGradients(self.world, self.reduce_dtype, trained)
         self._ready = ReadyGradients(self._gradients, units)
         self._watch = Watch(model, units, self)
@@ -71,6 +78,13 @@ class ParameterSharded(DataParallel):
 
     def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:
         return self._watch.around(run, is_first=is_first)
+
+    def run_words(self, run: Callable[[], None]) -> None:
+        units = [unit for unit in self._units if unit.name == WORDS]
+        for unit in units:
+            self._gather(unit, unit.parameters)
+        run()
+        self._free(units)
 
     def before_forward(self, unit: Unit) -> None:
         self._gather(unit, unit.parameters)
@@ -100,13 +114,17 @@ class ParameterSharded(DataParallel):
     def finish_evaluation(self, model: Decoder) -> None:
         self._free(list(self._whole))
 
+    def _part(self, parameter: nn.Parameter, place: Place) -> Part:
+        return Part(self._rows[parameter], place.rows(self._span(place.box.sizes[0])))
+
     def _span(self, num_rows: int) -> range:
         degree, index = self.world.mesh.dp_shard, self.world.coordinate("dp_shard")
         return padded_share(num_rows, degree, index)
 
     def _gather(self, unit: Unit, parameters: tuple[nn.Parameter, ...]) -> None:
-        self._whole[unit] = parameters
-        freed = [p for p in parameters if not p.untyped_storage().size()]
+        shared = tuple(p for p in parameters if p in self._rows)
+        self._whole[unit] = shared
+        freed = [p for p in shared if not p.untyped_storage().size()]
         for parameter in freed:
             parameter.untyped_storage().resize_(parameter.nbytes)
         gather_rows({parameter: self._rows[parameter] for parameter in freed}, self.world)

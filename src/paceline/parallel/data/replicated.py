@@ -29,8 +29,8 @@ class Replicated(DataParallel):
     def wrap(self, model: Decoder) -> None:
         pass
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        copy_whole(parameter, value)
+    def put(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        copy_whole(name, parameter, value)
 
     def hold(self, model: Decoder, places: Mapping[str, Place]) -> dict[str, Part]:
         return {name: Part(p, places[name]) for name, p in model.named_parameters()}
@@ -43,7 +43,9 @@ class Replicated(DataParallel):
         if self.world.mesh.num_data_ranks == 1:
             return
         gradients: list[Tensor] = []
-        for parameter in (p for p in model.parameters() if p.requires_grad):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or name in self.apart:
+                continue
             if parameter.grad is None:  # every rank must bring the same buckets
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)

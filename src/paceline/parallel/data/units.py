@@ -1,7 +1,8 @@
 """The units of a decoder: what is gathered, reduced and freed together, and when.
 
 A unit is a block, or what comes before the first block (embeddings and prelude), or what follows
-the last one (norm and head). The first and the last have a tied embedding in common.
+the last one (norm and head). The first and the last have a tied embedding in common. Embedding and
+head are a unit of their own where they are in no stage.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from paceline.models.decoder import Decoder
+from paceline.models.ladder import Stream
 
-FIRST, LAST = "first", "last"
+FIRST, LAST, WORDS = "first", "last", "words"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,7 +32,7 @@ class Unit:
     """Parameters that are used together.
 
     Attributes:
-        name: of the block, or `FIRST` or `LAST`.
+        name: of the block, or `FIRST`, `LAST` or `WORDS`.
         parameters: all of them, in the order of the model.
         shared: those that another unit uses too.
         looked_up: those of which the backward pass reads no values.
@@ -68,9 +70,10 @@ def units_of(model: Decoder) -> list[Unit]:
     named = dict(model.named_parameters())
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        groups.setdefault(_unit_of(name), []).append(parameter)
+        unit = _unit_of(name, is_apart=model.vocabulary.is_apart)
+        groups.setdefault(unit, []).append(parameter)
     shared: frozenset[nn.Parameter] = frozenset()
-    if model.spec.tied_embeddings and LAST in groups:
+    if model.spec.tied_embeddings and LAST in groups and WORDS not in groups:
         shared = frozenset([named["embedding.weight"]])
         groups[LAST] += shared
     children = model.named_children()
@@ -88,8 +91,10 @@ def units_of(model: Decoder) -> list[Unit]:
     ]
 
 
-def _unit_of(name: str) -> str:
+def _unit_of(name: str, *, is_apart: bool) -> str:
     top, *rest = name.split(".")
+    if is_apart and top in ("embedding", "head"):
+        return WORDS
     if top == "blocks":
         return f"{top}.{rest[0]}"
     return LAST if top in ("norm", "head") else FIRST
@@ -148,7 +153,7 @@ class Watch:
     def _leave(self, output: Tensor) -> Tensor:
         for unit in self._open:
             self._watcher.after_forward(unit)
-        return _Border.apply(output, self._watcher, self._open)
+        return _Border.apply(self._watcher, self._open, output)
 
     def _entry(self, unit: Unit) -> Callable[[nn.Module, Any], None]:
         @_eager
@@ -157,11 +162,14 @@ class Watch:
 
         return hook
 
-    def _exit(self, unit: Unit) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def _exit(self, unit: Unit) -> Callable[[nn.Module, Any, Tensor | Stream], Tensor | Stream]:
         @_eager
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor | Stream) -> Tensor | Stream:
             self._watcher.after_forward(unit)
-            return _Border.apply(output, self._watcher, [unit])
+            if isinstance(output, Tensor):
+                return _Border.apply(self._watcher, [unit], output)
+            both: Any = _Border.apply(self._watcher, [unit], output.x_BTD, output.output_BTD)
+            return output._replace(x_BTD=both[0], output_BTD=both[1])
 
         return hook
 
@@ -170,12 +178,13 @@ class _Border(torch.autograd.Function):
     """The identity; its backward pass comes before that of what made its input."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, watcher: Watcher, units: list[Unit]) -> Tensor:
+    def forward(ctx: Any, watcher: Watcher, units: list[Unit], *outputs: Tensor) -> Any:
         ctx.watcher, ctx.units = watcher, units
-        return output.view_as(output)
+        same = [output.view_as(output) for output in outputs]
+        return tuple(same) if len(same) > 1 else same[0]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         for unit in ctx.units:
             ctx.watcher.before_backward(unit)
-        return grad_outputs[0], None, None
+        return None, None, *grad_outputs

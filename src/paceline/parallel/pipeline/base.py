@@ -1,19 +1,24 @@
 """The contract of pipeline schedules: what a rank does, in order, as plain data.
 
 A model is cut into stages, numbered from its input. A micro-batch goes through all of them, and
-its gradient back. Each rank has one stage or several.
+its gradient back. Each rank has one stage or several. Where the words of the vocabulary are spread
+over the ranks, each rank has a share of them, and passes for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple, Protocol
 
 
 class Kind(StrEnum):
-    """What an action does. Transfers are named by the stage on the rank that runs them."""
+    """What an action does. Transfers are named by the stage on the rank that runs them.
+
+    A share of the vocabulary bears the number of its rank's first stage. Its passes come in two
+    forms, after the number of times that a micro-batch waits for all ranks: S and T, or SI and TW.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"  # gradients of inputs and weights
@@ -24,8 +29,36 @@ class Kind(StrEnum):
     SEND_BACKWARD = "SB"  # the gradient of the stage's input
     RECEIVE_BACKWARD = "RB"  # the gradient of the stage's output
 
+    EMBED = "E"  # rows of the tokens whose words are here
+    EMBED_WEIGHT = "EW"  # the gradient of these rows
+    SCORE = "S"  # logits of the words that are here, and their statistics
+    SCORE_BACKWARD = "T"  # a term of the gradient of hidden states, and the head's gradient
+    SCORE_INPUT = "SI"  # as S, and the term as far as the words that are here tell it
+    SCORE_WEIGHT = "TW"  # the head's gradient: what nobody waits for
+    LOSS = "L"  # of an evaluation: what all statistics give
+    SEND_ROWS = "SE"  # of a share, to the first stage
+    RECEIVE_ROWS = "RE"  # of all other shares
+    SEND_ROW_GRADIENTS = "SG"  # of the first stage, to each other share its own
+    RECEIVE_ROW_GRADIENTS = "RG"
+    SEND_HIDDEN = "SH"  # hidden states of the last stage, to all other shares
+    RECEIVE_HIDDEN = "RH"
+    SEND_STATISTICS = "SS"  # of a share's logits, to all other shares
+    RECEIVE_STATISTICS = "RS"  # of all other shares
+    SEND_TERM = "ST"  # of a share, to the last stage
+    RECEIVE_TERM = "RT"  # of all other shares
 
-COMPUTES = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+
+STAGE_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+VOCABULARY_PASSES = (
+    Kind.EMBED,
+    Kind.EMBED_WEIGHT,
+    Kind.SCORE,
+    Kind.SCORE_BACKWARD,
+    Kind.SCORE_INPUT,
+    Kind.SCORE_WEIGHT,
+    Kind.LOSS,
+)
+COMPUTES = (*STAGE_PASSES, *VOCABULARY_PASSES)
 
 
 class Action(NamedTuple):
@@ -45,11 +78,21 @@ RankActions = tuple[tuple[Action, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Durations of the passes of one stage, in any one unit."""
+    """Durations of the passes of one stage, and of a rank's words, in any one unit.
+
+    Attributes:
+        forward: of a stage.
+        backward_input: of a stage.
+        backward_weight: of a stage.
+        score: one product of hidden states and a rank's words; three make logits and gradients.
+        embed: rows of a rank's words, looked up or added to.
+    """
 
     forward: float = 1.0
     backward_input: float = 1.0
     backward_weight: float = 1.0
+    score: float = 0.5
+    embed: float = 0.0
 
     def of(self, kind: Kind) -> float:
         """How long a rank is busy with an action; transfers keep no rank busy."""
@@ -58,6 +101,12 @@ class Costs:
             Kind.BACKWARD: self.backward_input + self.backward_weight,
             Kind.BACKWARD_INPUT: self.backward_input,
             Kind.BACKWARD_WEIGHT: self.backward_weight,
+            Kind.EMBED: self.embed,
+            Kind.EMBED_WEIGHT: self.embed,
+            Kind.SCORE: self.score,
+            Kind.SCORE_BACKWARD: 2 * self.score,
+            Kind.SCORE_INPUT: 2 * self.score,
+            Kind.SCORE_WEIGHT: self.score,
         }.get(kind, 0.0)
 
 
@@ -131,33 +180,87 @@ class Schedule:
         return tuple(range(rank, num_ranks * stages_per_rank, num_ranks))
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A pipeline's stages, and who has words.
+
+    Attributes:
+        ranks: the rank on the pipeline's axis of every stage.
+        shares: the share of the vocabulary that each rank has; none where edge stages have it all.
+    """
+
+    ranks: Mapping[int, int]
+    shares: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """The last stage."""
+        return len(self.ranks) - 1
+
+    def share_of(self, rank: int) -> int:
+        """The share of a rank."""
+        return next(share for share in self.shares if self.ranks[share] == rank)
+
+
 def ranks_of_stages(actions: Iterable[Iterable[Action]]) -> dict[int, int]:
     """The rank that runs each stage, read off what ranks do."""
     return {action.stage: rank for rank, own in enumerate(actions) for action in own}
 
 
-def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """The passes that must have ended before one begins.
+def line_of(actions: Iterable[Sequence[Action]]) -> Line:
+    """The stages and shares of what ranks do."""
+    actions = list(actions)
+    shares = {a.stage for own in actions for a in own if a.kind in VOCABULARY_PASSES}
+    return Line(ranks_of_stages(actions), tuple(sorted(shares)))
 
-    A whole backward pass ends an input pass and a weight pass: here the input pass stands for it.
-    """
+
+def needs(action: Action, line: Line) -> tuple[Action, ...]:
+    """The passes that must have ended before one begins, by the names of `ended_by`."""
     kind, stage, microbatch = action
     match kind:
+        case Kind.FORWARD if stage:
+            return (Action(kind, stage - 1, microbatch),)
         case Kind.FORWARD:
-            return (Action(kind, stage - 1, microbatch),) if stage else ()
+            return _of_shares(Kind.EMBED, microbatch, line)
         case Kind.BACKWARD | Kind.BACKWARD_INPUT:
             own = Action(Kind.FORWARD, stage, microbatch)
-            after = Action(Kind.BACKWARD_INPUT, stage + 1, microbatch)
-            return (own, after) if stage + 1 < num_stages else (own,)
+            if stage == line.last:
+                return (own, *_of_shares(Kind.SCORE_INPUT, microbatch, line))
+            return (own, Action(Kind.BACKWARD_INPUT, stage + 1, microbatch))
         case Kind.BACKWARD_WEIGHT:
             return (Action(Kind.BACKWARD_INPUT, stage, microbatch),)
+        case Kind.SCORE | Kind.SCORE_INPUT:
+            return (Action(Kind.FORWARD, line.last, microbatch),)
+        case Kind.SCORE_BACKWARD | Kind.SCORE_WEIGHT | Kind.LOSS:
+            return _of_shares(Kind.SCORE, microbatch, line)
+        case Kind.EMBED_WEIGHT:
+            return (
+                Action(Kind.EMBED, stage, microbatch),
+                Action(Kind.BACKWARD_INPUT, 0, microbatch),
+            )
         case _:
             return ()
 
 
-def ended_by(action: Action) -> Action:
-    """The pass by whose name others need this one: see `needs`."""
-    return action._replace(kind=Kind.BACKWARD_INPUT) if action.kind is Kind.BACKWARD else action
+def _of_shares(kind: Kind, microbatch: int, line: Line) -> tuple[Action, ...]:
+    return tuple(Action(kind, share, microbatch) for share in line.shares)
+
+
+_ENDED_BY = {
+    Kind.BACKWARD: (Kind.BACKWARD, Kind.BACKWARD_INPUT),
+    Kind.SCORE_INPUT: (Kind.SCORE_INPUT, Kind.SCORE),
+    Kind.SCORE_BACKWARD: (Kind.SCORE_BACKWARD, Kind.SCORE_INPUT),
+}
+
+
+def ended_by(action: Action) -> tuple[Action, ...]:
+    """The passes by whose names others need this one: see `needs`.
+
+    A whole backward pass ends an input pass, and T ends the term that SI does: what others need
+    has one name, whatever makes it.
+    """
+    kinds = _ENDED_BY.get(action.kind, (action.kind,))
+    return tuple(action._replace(kind=kind) for kind in kinds)
 
 
 def forward_only(actions: RankActions) -> RankActions:

@@ -15,8 +15,10 @@ def stage_layers(
     num_stages: int,
     sequence_length: int,
     cuts: tuple[int, ...] | None = None,
+    *,
+    has_head: bool = True,
 ) -> tuple[range, ...]:
-    """The layers of every stage; the output head goes with the last.
+    """The layers of every stage.
 
     Args:
         spec: of the model.
@@ -24,20 +26,23 @@ def stage_layers(
         sequence_length: tokens of a sequence; attention's share grows with it.
         cuts: the first layer of every stage but the first, as a plan's `pipeline.stage_cuts`.
             Absent: where the largest stage has the fewest FLOPs.
+        has_head: whether the output head goes with the last stage.
     """
     if cuts is None:
-        cuts = even_cuts(layer_flops(spec, sequence_length), num_stages)
+        flops = layer_flops(spec, sequence_length, has_head=has_head)
+        cuts = even_cuts(flops, num_stages)
     return tuple(range(a, b) for a, b in pairwise((0, *cuts, spec.num_layers)))
 
 
-def layer_flops(spec: ModelSpec, sequence_length: int) -> list[float]:
-    """Forward FLOPs a token of every layer, the head's with the last layer.
+def layer_flops(spec: ModelSpec, sequence_length: int, *, has_head: bool = True) -> list[float]:
+    """Forward FLOPs a token of every layer, the head's with the last layer if that has it.
 
     Backward passes cost twice as much of each, so the forward ones decide.
     """
     layers = range(spec.num_layers)
     flops = [spec.layer_flops_per_token(layer, sequence_length) for layer in layers]
-    flops[-1] += spec.head_flops_per_token
+    if has_head:
+        flops[-1] += spec.head_flops_per_token
     return flops
 
 

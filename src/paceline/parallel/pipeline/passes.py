@@ -6,6 +6,7 @@ Traffic of a step with m micro-batches, E being the bytes of a `Border`, u the b
 stage of this rank and a later one on another rank, d those between one and an earlier one: a rank
 sends m u E of activations and m d E of their gradients, and receives m d E and m u E. Two ranks
 that have one matrix as embedding and as head send each other its gradient, or their part of it.
+Where the vocabulary is spread: `paceline.parallel.pipeline.spread_vocabulary`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,24 @@ from paceline.dist.p2p import PointToPoint
 from paceline.dist.world import World
 from paceline.kernels.deferred import DeferredGradients
 from paceline.optim.parts import Part
-from paceline.parallel.pipeline.base import Action, Kind, RankActions, Schedule, forward_only
+from paceline.parallel.pipeline.base import (
+    Action,
+    Kind,
+    RankActions,
+    Schedule,
+    forward_only,
+    line_of,
+)
 from paceline.parallel.pipeline.communicate import add_transfers
-from paceline.parallel.pipeline.runtime import PURPOSES, Border, Runtime
+from paceline.parallel.pipeline.runtime import EDGE_ENDS, PURPOSES, Border, Ends, Runtime
+from paceline.parallel.pipeline.spread_embedding import SpreadEmbedding
+from paceline.parallel.pipeline.spread_head import SpreadHead
+from paceline.parallel.pipeline.spread_vocabulary import SpreadEnds
 from paceline.parallel.pipeline.stages import Cut, StageModel
 from paceline.parallel.pipeline.timeline import Span
+from paceline.parallel.pipeline.vocabulary_passes import spread_vocabulary
+from paceline.parallel.pipeline.words import PURPOSES as WORD_PURPOSES
+from paceline.parallel.pipeline.words import Spread, Words
 
 TIED = "tied gradients"
 EMBEDDING = "embedding.weight"
@@ -46,6 +60,7 @@ class Passes:
         border: shape and dtype of what goes from stage to stage, for a shape of tokens.
         world: the ranks.
         deferred: what the linear layers owe.
+        spread: how the vocabulary is spread; None where edge stages have it.
         run_stage: calls a function that runs the forward pass of one of several stages; also given
             whether the stage looks tokens up.
         on_ready: is told of each parameter whose gradient a weight pass has completed.
@@ -67,6 +82,7 @@ class Passes:
         border: Callable[[tuple[int, ...]], Border],
         world: World,
         deferred: DeferredGradients,
+        spread: Spread | None = None,
         run_stage: Callable[[Callable[[], Tensor], bool], Tensor],
         on_ready: Callable[[Tensor], None],
         finished: Callable[[], None],
@@ -83,6 +99,12 @@ class Passes:
         self._share = share
         self._clock = clock or WallClock()
         self._peers = PointToPoint(world, "pp", (*PURPOSES, TIED))
+        self._spread = spread
+        if spread:
+            purposes = tuple(WORD_PURPOSES.values())
+            self._word_peers = PointToPoint(
+                world, "pp", purposes, distances=range(1, world.degree("pp"))
+            )
         self._batches: Sequence[Batch] = ()
         self._runtimes: dict[tuple[int, bool], Runtime] = {}
         self.trace: list[Span] = []
@@ -146,29 +168,58 @@ class Passes:
             y = self._run_stage(lambda: self._objective(model, batch), stage == 0)
         else:
             y = self._objective(model, batch)
-        if stage != self._cut.last:
+        if stage != self._cut.last or self._spread:
             return y
-        self._loss_sum += y.detach()
+        self._see(y)
         return self._scaled(y)
+
+    def _see(self, loss: Tensor) -> None:
+        self._loss_sum += loss.detach()
 
     def _runtime(self, num_microbatches: int, *, is_evaluation: bool) -> Runtime:
         """Made once for each number of micro-batches."""
         key = num_microbatches, is_evaluation
         if key not in self._runtimes:
             rank = self._world.coordinate("pp")
-            plan = self._waves if is_evaluation else self._actions
+            actions = (self._waves if is_evaluation else self._actions)(num_microbatches)
+            if self._spread:
+                actions = spread_vocabulary(actions, self._spread.num_barriers)
             self._runtimes[key] = Runtime(
-                add_transfers(plan(num_microbatches))[rank],
+                add_transfers(actions)[rank],
                 self._cut.ranks,
                 forward=self._forward,
-                border=lambda _stage: self._border_of(tuple(self._batches[0].tokens_BT.shape)),
+                border=lambda _stage: self._border(),
                 peers=self._peers,
                 deferred=self._deferred,
+                ends=self._ends(actions),
                 on_ready=self._on_ready,
                 finished=lambda _action: self._finished(),
                 clock=self._clock,
             )
         return self._runtimes[key]
+
+    def _border(self) -> Border:
+        return self._border_of(tuple(self._batches[0].tokens_BT.shape))
+
+    def _ends(self, actions: RankActions) -> Ends:
+        spread = self._spread
+        if spread is None:
+            return EDGE_ENDS
+        words = Words(
+            model=spread.model,
+            shares=spread.shares,
+            line=line_of(actions),
+            peers=self._word_peers,
+            border=self._border,
+            call=lambda model, microbatch: self._objective(model, self._batches[microbatch]),
+            run=spread.run,
+            on_ready=self._on_ready,
+            finished=lambda _action: self._finished(),
+        )
+        head = SpreadHead(
+            words, spread.num_barriers, scaled=lambda loss: self._scaled(loss), seen=self._see
+        )
+        return SpreadEnds(SpreadEmbedding(words), head, self._word_peers)
 
     def _actions(self, num_microbatches: int) -> RankActions:
         num_ranks = self._world.degree("pp")

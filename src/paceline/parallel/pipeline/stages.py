@@ -14,7 +14,7 @@ from paceline.models.decoder import Absent, Decoder
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear
 from paceline.models.tied import TiedEmbedding
-from paceline.models.vocabulary import Head, logits
+from paceline.models.vocabulary import Head, Output, logits
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
 from paceline.parallel.pipeline.partition import stage_layers
@@ -32,12 +32,14 @@ class Cut:
         own: the stages of this rank.
         ranks: the rank on the pipeline's axis of every stage.
         is_tied: whether one matrix is embedding and head.
+        is_spread: whether the words of these are spread over ranks, in no stage.
     """
 
     layers: tuple[range, ...]
     own: tuple[int, ...]
     ranks: Mapping[int, int]
     is_tied: bool
+    is_spread: bool = False
 
     @property
     def last(self) -> int:
@@ -58,7 +60,12 @@ class Cut:
     def other_end(self) -> int | None:
         """The rank that has the same matrix at the model's other end; None where none has."""
         first, last = self.ranks[0], self.ranks[self.last]
-        if not self.is_tied or first == last or not (self.has_first or self.has_last):
+        if (
+            self.is_spread
+            or not self.is_tied
+            or first == last
+            or not (self.has_first or self.has_last)
+        ):
             return None
         return last if self.has_first else first
 
@@ -67,20 +74,20 @@ def keep_stages(model: Decoder, cut: Cut) -> None:
     """Leaves a decoder of the meta device the stages of this rank, in place.
 
     Parameters keep their names. The matrix of a model that has one for embedding and head is with
-    both of them.
+    both of them; both are on every rank where their words are spread.
     """
     here = {layer for stage in cut.own for layer in cut.layers[stage]}
     for layer in range(len(model.blocks)):
         if layer not in here:
             model.blocks[layer] = Absent()
     if not cut.has_first:
-        if cut.other_end is None:
+        if cut.other_end is None and not cut.is_spread:
             model.embedding = cast("nn.Embedding", Absent())
         if model.spec.positions == "learned":
             model.position_embedding = cast("nn.Embedding", Absent())
     if not cut.has_last:
         model.norm = Absent()
-        if not cut.is_tied:
+        if not (cut.is_tied or cut.is_spread):
             model.head = cast("Linear", Absent())
 
 
@@ -93,8 +100,11 @@ class StageModel:
         is_first: whether it takes tokens; else it takes what `given` is.
         is_last: whether it calls the head; else it gives hidden states.
 
+    Where the vocabulary is apart, the first stage takes embedded tokens, and the last gives hidden
+    states after the last norm.
+
     Attributes:
-        given: what the stage before has made of the batch.
+        given: what the stage before, or the embedding, has made of the batch.
     """
 
     def __init__(self, model: Decoder, layers: range, *, is_first: bool, is_last: bool) -> None:
@@ -107,16 +117,30 @@ class StageModel:
         self, tokens_BT: Tensor, layout: Layout | None = None, *, head: Head = logits
     ) -> Tensor:
         model, place = self._model, layout or Layout.whole_rows(tokens_BT)
-        if self._is_first:
-            is_whole = self._is_last and model.spec.tied_embeddings
-            tied = TiedEmbedding(model.embedding.weight) if is_whole else None
-            x_BTD = model.positioned(model.embed(tokens_BT, tied), place)
+        is_apart = model.vocabulary.is_apart
+        is_whole = self._is_first and self._is_last and not is_apart
+        tied = TiedEmbedding(model.embedding.weight) if is_whole and self._is_tied else None
+        if self._is_first and not is_apart:
+            x_BTD = model.embed(tokens_BT, tied)
         else:
-            tied = None
-            assert self.given is not None, "a stage runs after the one before it"
+            assert self.given is not None, "a stage runs after what is before it"
             x_BTD, self.given = self.given, None
+        if self._is_first:
+            x_BTD = model.positioned(x_BTD, place)
         x_BTD = model.through(x_BTD, place, self._layers)
-        return model.predict(x_BTD, place, head, tied) if self._is_last else x_BTD
+        if not self._is_last:
+            return x_BTD
+        return model.predict(x_BTD, place, _as_they_are if is_apart else head, tied)
+
+    @property
+    def _is_tied(self) -> bool:
+        return self._model.spec.tied_embeddings
+
+
+def _as_they_are(x_BTD: Tensor, output: Output) -> Tensor:
+    """The head that leaves hidden states to others."""
+    del output
+    return x_BTD
 
 
 def stage_models(model: Decoder, cut: Cut) -> dict[int, Decoder | StageModel]:
@@ -134,11 +158,16 @@ def cut_of(plan: Plan, spec: ModelSpec, rank: int) -> Cut:
     degree, per_rank = plan.mesh.pp, plan.pipeline.stages_per_rank
     schedule: Schedule = SCHEDULES.load(plan.pipeline.schedule)
     own = [schedule.stages_of(other, degree, per_rank) for other in range(degree)]
+    is_spread = plan.pipeline.vocabulary == "spread"
     layers = stage_layers(
-        spec, degree * per_rank, plan.train.sequence_length, plan.pipeline.stage_cuts
+        spec,
+        degree * per_rank,
+        plan.train.sequence_length,
+        plan.pipeline.stage_cuts,
+        has_head=not is_spread,
     )
     ranks = {stage: other for other, stages in enumerate(own) for stage in stages}
-    return Cut(layers, own[rank], ranks, spec.tied_embeddings)
+    return Cut(layers, own[rank], ranks, spec.tied_embeddings, is_spread)
 
 
 def defer(model: Decoder, plan: Plan) -> DeferredGradients:

@@ -13,8 +13,8 @@ from paceline.parallel.pipeline.base import (
     Costs,
     Kind,
     ended_by,
+    line_of,
     needs,
-    ranks_of_stages,
 )
 
 
@@ -68,17 +68,17 @@ def timeline(
         ValueError: the ranks wait for each other for ever.
     """
     todo = [[action for action in own if action.kind in COMPUTES] for own in actions]
-    ranks = ranks_of_stages(todo)
+    line = line_of(todo)
     ends: dict[Action, float] = {}
     spans: list[list[Span]] = [[] for _ in todo]
 
     def start_of(rank: int, action: Action) -> float | None:
         """The earliest start, None while something that it needs has no time yet."""
         start = spans[rank][-1].end if spans[rank] else 0.0
-        for need in needs(action, len(ranks)):
+        for need in needs(action, line):
             if need not in ends:
                 return None
-            start = max(start, ends[need] + (transfer if ranks[need.stage] != rank else 0.0))
+            start = max(start, ends[need] + (transfer if line.ranks[need.stage] != rank else 0.0))
         return start
 
     has_moved = True
@@ -90,7 +90,8 @@ def timeline(
                 start = start_of(rank, action)
                 if start is None:
                     break
-                ends[ended_by(action)] = end = start + costs.of(action.kind)
+                end = start + costs.of(action.kind)
+                ends |= dict.fromkeys(ended_by(action), end)
                 spans[rank].append(Span(action, start, end))
                 has_moved = True
     stuck = [own[len(done)] for own, done in zip(todo, spans, strict=True) if len(done) < len(own)]
@@ -109,6 +110,18 @@ def peak_activations(actions: Iterable[Action]) -> int:
     held = peak = 0
     for action in actions:
         held += {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_WEIGHT: -1}.get(action.kind, 0)
+        peak = max(peak, held)
+    return peak
+
+
+def peak_scores(actions: Iterable[Action]) -> int:
+    """The most micro-batches of whose logits a rank holds its share at a time: from S to T."""
+    held = peak = 0
+    for action in actions:
+        if action.kind in (Kind.SCORE, Kind.SCORE_INPUT):
+            held += 1
+        elif action.kind in (Kind.SCORE_BACKWARD, Kind.SCORE_WEIGHT, Kind.LOSS):
+            held -= 1
         peak = max(peak, held)
     return peak
 

@@ -10,7 +10,7 @@ import heapq
 import math
 from collections import deque
 
-from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, needs, ranks_of_stages
+from paceline.parallel.pipeline.base import Action, Costs, Kind, RankActions, line_of, needs
 
 
 def place_weight_passes(order: RankActions, limit: int, costs: Costs) -> RankActions:
@@ -38,7 +38,7 @@ class _Placing:
     def __init__(self, order: RankActions, limit: int, costs: Costs) -> None:
         self.limit = limit
         self.costs = costs
-        self.num_stages = len(ranks_of_stages(order))
+        self.line = line_of(order)
         self.placed: list[list[Action]] = [[] for _ in order]
         self._todo = [deque(actions) for actions in order]
         self._weight_passes: list[deque[Action]] = [deque() for _ in order]
@@ -60,7 +60,7 @@ class _Placing:
 
     def _decide(self, rank: int, now: float) -> None:
         action = self._todo[rank][0]
-        needed = needs(action, self.num_stages)
+        needed = needs(action, self.line)
         unknown = [need for need in needed if need not in self._ends]
         ready = math.inf if unknown else max((self._ends[need] for need in needed), default=now)
         is_full = action.kind is Kind.FORWARD and self._held[rank] == self.limit

@@ -14,7 +14,8 @@ Differs: shares need not be equal: heads, columns and words go round as evenly a
 
 Traffic, of the tensors that a rank gives to all-reduces and reduce-scatters and gets from
 all-gathers. Of a micro-batch with B T tokens, C of which have a label, where every parameter is
-trained and n is the number of attentions and feed-forwards (two a layer, one where it has experts):
+trained and n is the number of attentions and feed-forwards (two a layer; where it has experts, one,
+and one more if all tokens share something beside them):
 
 - with sequence parallelism, (2 n + 2) A in all-gathers and as much in reduce-scatters, A being of
   tp ceil(B T / tp) rows: forward and backward of each of the n, and of both ends of the model;
@@ -36,17 +37,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from paceline.dist.world import World
 from paceline.models.attention import Attention
 from paceline.models.decoder import Decoder
 from paceline.models.ffn import FeedForward
+from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, Product, RMSNorm
 from paceline.optim.parts import Part
 from paceline.parallel.buckets import in_groups, sum_in_buckets
+from paceline.parallel.cut import cut_parameter
 from paceline.parallel.tensor.boundary import (
     AXIS,
     copy_in,
@@ -54,6 +56,7 @@ from paceline.parallel.tensor.boundary import (
     scatter_rows,
     sum_up,
 )
+from paceline.parallel.tensor.ladder import OverlappedSums, leave_term
 from paceline.parallel.tensor.norm import SplitRMSNorm
 from paceline.parallel.tensor.vocabulary import SplitVocabulary, as_tokens
 from paceline.plan.layout import Box, Place
@@ -78,6 +81,10 @@ class SplitDecoder:
     partial: frozenset[str]
     copied: frozenset[str]
     world: World
+
+    def without(self, names: frozenset[str]) -> SplitDecoder:
+        """The same, but for parameters whose gradients are summed elsewhere."""
+        return replace(self, partial=self.partial - names)
 
     def finish_gradients(self, parts: Mapping[str, Part], spread_axes: tuple[str, ...]) -> None:
         """Makes terms of gradients to sums.
@@ -121,21 +128,32 @@ def split(
     places: dict[str, Place] = {}
     for name in names:
         places[name] = _place(tuple(model.get_parameter(name).shape), rules[name], rank)
-        _cut(model, name, places[name])
+        cut_parameter(model, name, places[name])
     heads = head_share(spec.num_heads, spec.num_kv_heads, degree, rank)
-    for module in list(model.modules()):
-        if isinstance(module, Attention):
-            _split_attention(module, heads, world, is_sequence_parallel)
+    in_ladder: set[nn.Module] = set()
+    for module in list(model.modules()):  # a block before its parts
+        if isinstance(module, LadderBlock):
+            module.overlap = OverlappedSums(world)
+            in_ladder |= {module.attention, module.ffn}
+        elif isinstance(module, Attention):
+            _split_heads(module, heads, world)
+            if module in in_ladder:
+                leave_term(module.output, world)
+            else:
+                _cross_attention(module, world, is_sequence_parallel)
         elif isinstance(module, FeedForward):
-            _split_ffn(module, world, is_sequence_parallel)
+            if module in in_ladder:
+                leave_term(module.down, world)
+            else:
+                _cross_ffn(module, world, is_sequence_parallel)
     model.vocabulary = SplitVocabulary(
         spec.vocab_size, world, is_sequence_parallel=is_sequence_parallel
     )
     whole = {name for name in names if rules[name].dim is None}
-    of_heads = {name for name in whole if ".query_norm." in name or ".key_norm." in name}
+    partial_names = {name for name in whole if _has_term(name, spec)}
     return SplitDecoder(
         places=places,
-        partial=frozenset(whole if is_sequence_parallel else of_heads),
+        partial=frozenset(whole if is_sequence_parallel else partial_names),
         copied=frozenset(name for name in names if rules[name].copied),
         world=world,
     )
@@ -152,25 +170,17 @@ def _place(shape: tuple[int, ...], rule: Split, rank: int) -> Place:
     return replace(whole, box=box.narrowed(rule.dim, own), owned=box.narrowed(rule.dim, owned))
 
 
-def _cut(model: nn.Module, name: str, place: Place) -> None:
-    """Puts a parameter of the part's shape in place of a whole one."""
-    whole = model.get_parameter(name)
-    if place.box.sizes == place.shape:
-        return
-    owner, _, leaf = name.rpartition(".")
-    part = torch.empty(place.box.sizes, dtype=whole.dtype, device=whole.device)
-    part = nn.Parameter(part, requires_grad=whole.requires_grad)
-    setattr(model.get_submodule(owner), leaf, part)
+def _has_term(name: str, spec: ModelSpec) -> bool:
+    """Whether a rank's gradient of a whole parameter is a term, where tokens are not split."""
+    if ".query_norm." in name or ".key_norm." in name:
+        return True
+    top, *rest = name.split(".")
+    return top == "blocks" and spec.is_ladder(int(rest[0]))
 
 
-def _split_attention(
-    attention: Attention, heads: HeadShare, world: World, is_sequence_parallel: bool
-) -> None:
+def _split_heads(attention: Attention, heads: HeadShare, world: World) -> None:
     if not heads.is_grouped:
         attention.key_of_query = heads.key_of_query
-    enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
-    attention.register_forward_pre_hook(enter)
-    _sum_behind(attention.output, world, is_sequence_parallel)
     if attention.qk_norm == "all":
         head_dim = attention.head_dim
         for name, own, owned in (
@@ -183,11 +193,17 @@ def _split_attention(
             setattr(attention, name, SplitRMSNorm(whole, columns, mine, world))
 
 
+def _cross_attention(attention: Attention, world: World, is_sequence_parallel: bool) -> None:
+    enter = partial(_enter_attention, world=world, is_sequence_parallel=is_sequence_parallel)
+    attention.register_forward_pre_hook(enter)
+    _sum_behind(attention.output, world, is_sequence_parallel)
+
+
 def _times(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _split_ffn(ffn: FeedForward, world: World, is_sequence_parallel: bool) -> None:
+def _cross_ffn(ffn: FeedForward, world: World, is_sequence_parallel: bool) -> None:
     enter = gather_rows if is_sequence_parallel else copy_in
     ffn.register_forward_pre_hook(lambda _ffn, inputs: (enter(inputs[0], world),))
     _sum_behind(ffn.down, world, is_sequence_parallel)

@@ -38,6 +38,8 @@ class SplitVocabulary:
         is_sequence_parallel: whether blocks take rows of the tokens.
     """
 
+    is_apart = False
+
     def __init__(self, size: int, world: World, *, is_sequence_parallel: bool) -> None:
         degree = world.degree(AXIS)
         self._world = world
