@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from paceline.core.config import Config
 from paceline.core.errors import Problem
 from paceline.models.families import llama, mixtral
-from paceline.plan import check as rules
-from paceline.plan.check import RULES, Known, check, value_at
+from paceline.plan.check import RULES, check
 from paceline.plan.plan import Plan
+from paceline.plan.rules.known import Known, value_at
 
 SPEC = replace(llama.PRESETS["tiny"], num_layers=6, max_positions=64)  # 6 query heads
 OTHERS = {
@@ -313,7 +313,7 @@ class Watched:
 def test_a_rule_reads_the_keys_that_stand_with_it(rule, monkeypatch):
     """On plans that it likes and on plans that it does not: exactly these, and no others."""
     read: set[str] = set()
-    monkeypatch.setattr(rules, "_problem", lambda _, path, *texts: Problem(path, "", *texts))
+    monkeypatch.setattr(Known, "problem", lambda _, path, *texts: Problem(path, "", *texts))
     found = 0
     spec = OTHERS.get(rule.__name__.strip("_"), SPEC)
     for values in _plans_of(RULES[rule]):
