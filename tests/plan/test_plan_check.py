@@ -236,7 +236,8 @@ def test_the_ranks_must_be_those_of_the_mesh(num_ranks):
     changes = {
         1: "change [mesh]",
         4: "set mesh.dp_shard = 2",
-        12: "set mesh.pp = 2 or mesh.dp_replicate = 4 or mesh.dp_shard = 6 or mesh.tp = 2",
+        12: "set mesh.pp = 2 or mesh.dp_replicate = 4 or mesh.dp_shard = 6 or mesh.cp = 2 or "
+        "mesh.tp = 2",
     }
     assert problem.hint == f"start 6 rank(s), or {changes[num_ranks]}"
 

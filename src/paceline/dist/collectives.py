@@ -31,13 +31,13 @@ class Pending:
     """
 
     def __init__(self, work: torch.distributed.Work | None) -> None:
-        self._work = work
+        self.work = work
 
     def wait(self) -> None:
         """Returns once the result is there, at once where it has been waited for before."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
 
 
 class Traffic:

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from paceline.core.errors import RankError
+from paceline.dist.collectives import Pending
 from paceline.dist.launch import end_with_parent
+from paceline.dist.world import World
 from paceline.plan.mesh import MeshConfig
 
 _POLL_S = 0.01
@@ -130,3 +133,48 @@ def _receive(name: str, receiver: Connection, process: BaseProcess) -> Any:
         # A rank that dies leaves no time; its death comes before whatever it makes fail.
         return _Failure(0.0, f"{name} died with exit code {process.exitcode}")
     return result if succeeded else _Failure(time_s, f"{name} failed:\n{result}")
+
+
+class SlowWorld(World):
+    """A world whose sums over ranks take longer, as over a slow link; its other collectives do not.
+
+    Attributes:
+        latency_s: that each sum takes beyond its own time; changed at any moment.
+        num_sums: that have been begun.
+    """
+
+    latency_s: float = 0.0
+    num_sums: int = 0
+
+    def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
+        before = len(self.traffic.transfers)
+        super().sum(tensor, axes, purpose=purpose)
+        begun = len(self.traffic.transfers) - before
+        self.num_sums += begun
+        time.sleep(begun * self.latency_s)
+        return tensor
+
+    def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
+        begun = super().sum_start(tensor, axes, purpose=purpose)
+        self.num_sums += begun.work is not None
+        return begun if begun.work is None else _LatePending(begun.work, self.latency_s)
+
+
+class _LatePending(Pending):
+    """A collective whose result is there some time after it is done, waited for or not."""
+
+    def __init__(self, work: torch.distributed.Work, latency_s: float) -> None:
+        super().__init__(work)
+        self._latency_s = latency_s
+        self._done_s: float | None = None
+        work.get_future().add_done_callback(self._note_end)
+
+    def wait(self) -> None:
+        if self.work is None:
+            return
+        super().wait()
+        done_s = time.perf_counter() if self._done_s is None else self._done_s
+        time.sleep(max(0.0, done_s + self._latency_s - time.perf_counter()))
+
+    def _note_end(self, _future: object) -> None:
+        self._done_s = time.perf_counter()

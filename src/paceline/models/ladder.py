@@ -111,7 +111,10 @@ class LadderBlock(nn.Module):
             stream,
             lambda x_BTD: self.attention(self.attention_norm(x_BTD), layout, angles, attend),
         )
-        stream = self.overlap.step(
-            stream, lambda x_BTD: feed(self.ffn, self.ffn_norm(x_BTD), layout)
-        )
+        stream = self.overlap.step(stream, lambda x_BTD: self._fed_forward(x_BTD, layout))
         return self.overlap.close(stream) if self._is_last else stream
+
+    def _fed_forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        fed_BTD = feed(self.ffn, self.ffn_norm(x_BTD), layout)
+        # Of experts it is a view, which torch's sharder warns of where it leaves a block.
+        return fed_BTD.clone() if isinstance(self.ffn, MixtureOfExperts) else fed_BTD

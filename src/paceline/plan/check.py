@@ -22,11 +22,10 @@ from paceline.core.errors import ConfigError, Problem, name_hint
 from paceline.plan.batch import batch_shape
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import PeftConfig, Plan, PrecisionConfig
+from paceline.plan.plan import ContextConfig, PeftConfig, Plan, PrecisionConfig
+from paceline.plan.tensor_rules import head_share
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "mesh.cp": (1,),
-    "context.method": ("zigzag-ring",),
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
     "checkpoint.overhead_share": (0.02,),
@@ -87,6 +86,11 @@ NOT_NEGATIVE = (
     "optimizer.schedule.final_fraction",
     "checkpoint.keep",
 )
+OPTIONAL_COUNTS = (
+    "pipeline.num_microbatches",
+    "context.ulysses_degree",
+    "checkpoint.interval_steps",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,12 @@ def check(
         rule for rule, keys in RULES.items() if not any(_touches(keys, path) for path in wrong)
     ]
     return problems + [problem for rule in sound for problem in rule(known)]
+
+
+def warnings(plan: Plan, spec: ModelSpec | None = None) -> list[Problem]:
+    """What a plan without problems would do better otherwise, for a model where it is given."""
+    known = Known(plan, spec, None)
+    return [problem for rule in WARNINGS for problem in rule(known)]
 
 
 def _touches(keys: Sequence[str], path: str) -> bool:
@@ -165,7 +175,7 @@ def _signs(known: Known) -> Iterator[Problem]:
     for path in NOT_NEGATIVE:
         if not 0 <= value_at(known.plan, path) < math.inf:
             yield _problem(known, path, "must be finite and not negative", "use 0 or more")
-    for path in ("pipeline.num_microbatches", "checkpoint.interval_steps"):
+    for path in OPTIONAL_COUNTS:
         value = value_at(known.plan, path)
         if isinstance(value, int) and value <= 0:
             yield _problem(known, path, "must be positive", "use 1 or more")
@@ -412,6 +422,79 @@ def _balance_has_experts(known: Known) -> Iterator[Problem]:
         yield _problem(known, path, rule, 'leave it out, or set peft.method = "none"')
 
 
+_NO_CONTEXT = "says how mesh.cp ranks share sequences, which is 1"
+
+
+def _context_has_ranks(known: Known) -> Iterator[Problem]:
+    path = "context.method"
+    if known.plan.mesh.cp == 1 and known.plan.context.method != ContextConfig().method:
+        yield _problem(known, path, _NO_CONTEXT, "set mesh.cp = 2 or more, or leave it out")
+
+
+def _ulysses_divides(known: Known) -> Iterator[Problem]:
+    """Ranks that exchange heads are a whole part of those that share sequences."""
+    plan, path = known.plan, "context.ulysses_degree"
+    degree, cp = plan.context.ulysses_degree, plan.mesh.cp
+    if degree is None:
+        return
+    if cp == 1:
+        yield _problem(known, path, _NO_CONTEXT, "leave it out, or set mesh.cp = 2 or more")
+        return
+    if plan.context.method != "ulysses-ring":
+        rule = f"is not read by context.method = {plan.context.method}"
+        yield _problem(known, path, rule, "it is for ulysses-ring")
+    elif cp % degree:
+        near = _nearest(degree, _divisors(cp))
+        yield _problem(known, path, f"must divide mesh.cp = {cp}", f"use {near}")
+
+
+def _ulysses_has_heads(known: Known) -> Iterator[Problem]:
+    """Every rank that exchanges heads gets a query head."""
+    plan, spec = known.plan, known.spec
+    if spec is None or plan.mesh.cp == 1 or plan.mesh.tp > spec.num_heads:
+        return
+    num_heads, degree = spec.num_heads // plan.mesh.tp, plan.ulysses_degree
+    if degree <= num_heads:
+        return
+    each = "the model" if plan.mesh.tp == 1 else "a tensor rank"
+    is_mixed = plan.context.method == "ulysses-ring"
+    path = "context.ulysses_degree" if is_mixed else "mesh.cp"
+    legal = [n for n in range(1, num_heads + 1) if not is_mixed or plan.mesh.cp % n == 0]
+    rule = f"has {degree} ranks exchange the {num_heads} query head(s) of {each}"
+    other = "" if is_mixed else ', or context.method = "ulysses-ring" or "zigzag-ring"'
+    yield _problem(known, path, rule, f"use {legal[-1]}{other}")
+
+
+def _core_is_kept(known: Known) -> Iterator[Problem]:
+    path = "memory.remat"
+    if known.plan.memory.remat == "full-keep-attention" and known.plan.mesh.cp == 1:
+        rule = "is for attention over mesh.cp ranks, which is 1"
+        yield _problem(known, path, rule, 'use "full" or "selective", or set mesh.cp = 2 or more')
+
+
+def _token_ring_pays(known: Known) -> Iterator[Problem]:
+    """Bytes of the busiest link, by the formulas of `paceline.parallel.context`, per head size."""
+    plan, spec, cp = known.plan, known.spec, known.plan.mesh.cp
+    if plan.context.method != "token-ring" or spec is None or cp == 1:
+        return
+    if plan.mesh.tp > spec.num_heads:
+        return
+    heads = head_share(spec.num_heads, spec.num_kv_heads, plan.mesh.tp, 0)
+    narrow = {"float64": 8, "bfloat16": 2}.get(plan.precision.compute, 4)
+    wide = max(4, narrow)
+    queries = len(heads.query) * spec.head_dim * narrow
+    keys = len(heads.key if heads.is_grouped else heads.query) * spec.head_dim
+    sums = len(heads.query) * wide
+    ours = cp * queries + sums + (cp - 1) * (3 * queries + sums) + queries
+    rings = 2 * (cp - 1) * keys * (2 * narrow + wide)
+    if ours > rings:
+        rule = (
+            f"has the busiest link of {cp} ranks carry {ours / rings:.1f} times what ring would: "
+            f"{len(heads.query)} query heads on {len(heads.key)} key head(s)"
+        )
+        yield _problem(known, "context.method", rule, 'use "zigzag-ring" or "ring"')
+
+
 def _compiled_whole(known: Known) -> Iterator[Problem]:
     """Blocks are compiled where they are whole, and so are their backward passes."""
     if known.plan.train.compile == "on":
@@ -430,7 +513,7 @@ def _peft_whole(known: Known) -> Iterator[Problem]:
 
 def _ways_of_splitting(plan: Plan) -> dict[str, str]:
     """How a plan splits blocks or backward passes: each way, and what does not."""
-    axes = [axis for axis in ("pp", "tp", "ep") if getattr(plan.mesh, axis) > 1]
+    axes = [axis for axis in ("pp", "cp", "tp", "ep") if getattr(plan.mesh, axis) > 1]
     ways = {f"mesh.{axis} > 1": f"mesh.{axis} = 1" for axis in axes}
     if _schedule(plan.pipeline.schedule).splits_backward:
         way = f"{plan.pipeline.schedule}, which splits backward passes"
@@ -588,7 +671,8 @@ _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", 
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
 _EXPERT_RANKS = ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp")
 _STAGES = ("mesh.pp", "pipeline.stages_per_rank")
-_SPLITS = ("mesh.pp", "mesh.tp", "mesh.ep", "pipeline.schedule")
+_SPLITS = ("mesh.pp", "mesh.cp", "mesh.tp", "mesh.ep", "pipeline.schedule")
+_CONTEXT = ("mesh.cp", "context.method", "context.ulysses_degree")
 _ROUNDS = (*_STEP, "pipeline.num_microbatches", "pipeline.schedule", "mesh.pp")
 
 RULES: dict[Rule, tuple[str, ...]] = {
@@ -606,6 +690,10 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _experts_fit: _EXPERT_RANKS,
     _experts_have_own_tokens: ("mesh.ep", "mesh.tp", "tensor.sequence_parallel"),
     _balance_has_experts: ("expert.balance_loss_weight", "peft.method"),
+    _context_has_ranks: ("mesh.cp", "context.method"),
+    _ulysses_divides: _CONTEXT,
+    _ulysses_has_heads: (*_CONTEXT, "mesh.tp"),
+    _core_is_kept: ("mesh.cp", "memory.remat"),
     _compiled_whole: ("train.compile", *_SPLITS),
     _peft_whole: ("peft.method", *_SPLITS),
     _frozen_once: ("peft.method", "train.freeze"),
@@ -623,5 +711,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     _split_backward: ("pipeline.schedule", *_ZERO),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
+WARNINGS: tuple[Rule, ...] = (_token_ring_pays,)
+"""Rules that a plan without problems may break: they say what that costs."""
 MODULE_RULES: tuple[Rule, ...] = (_module_axes, _module_rows_are_whole, _module_loss_is_its_own)
 """Rules for `paceline.parallelize` alone, whose module is not ours."""
