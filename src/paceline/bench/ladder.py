@@ -6,9 +6,12 @@ same weights. A round takes each of the two with and without the latency, in tur
 
 Of a pass's sums some have nothing to hide behind: those of the embedding, the loss and the head, of
 the ladder's last output and of the gradient of its first input. The others are what it can
-overlap; hidden is the share of their latency that the time of a pass does not show:
+overlap; hidden is the share of their latency that does not show, in two ways: in the time of a pass
 
     hidden = (latency x sums - (time with - time without)) / (latency x sums that can overlap)
+
+and, which other work on the machine does not disturb, in the time that the first rank has been held
+up by latencies, in place of the difference.
 """
 
 from __future__ import annotations
@@ -55,8 +58,10 @@ class Overlap:
         plain_slow_s: with the latency.
         ladder_s: of the ladder.
         ladder_slow_s: with the latency.
-        hidden: share of the latency of the sums that can overlap; 1 is all of it.
-        plain_hidden: the same share, of the plain model.
+        hidden: share of the latency of the sums that can overlap, by the time of passes; 1 is all,
+            and more where sums with nothing to hide behind run beside another.
+        hidden_waits: the same, by the time that the first rank was held up.
+        plain_hidden_waits: the same, of the plain model, which hides nothing.
         faster: the ladder's rate over the plain model's, both with the latency.
         num_sums: of a pass of the ladder.
         num_overlapped: of those, the sums that can overlap.
@@ -67,17 +72,19 @@ class Overlap:
     ladder_s: float
     ladder_slow_s: float
     hidden: Ratio
-    plain_hidden: Ratio
+    hidden_waits: Ratio
+    plain_hidden_waits: Ratio
     faster: Ratio
     num_sums: int
     num_overlapped: int
 
 
 class _Times(NamedTuple):
-    """Seconds of one model's passes, round by round, without the latency and with it."""
+    """Seconds of one model's passes, round by round: without the latency, with it, and held up."""
 
     plain: list[float]
     slow: list[float]
+    waited: list[float]
     num_sums: int
 
 
@@ -131,7 +138,7 @@ def _outcome(kind: str, overlap: Overlap, model: str, spec: ModelSpec) -> Outcom
         against="the plain model on the same link",
         limit=limit,
         limited_by=f"without the latency; {overlap.hidden.median:.0%} of what can overlap is "
-        f"hidden, from {overlap.hidden.lowest:.0%} to {overlap.hidden.highest:.0%}",
+        f"hidden by the clock, {overlap.hidden_waits.median:.0%} by what ranks wait for",
         fraction=ours / limit,
         ratios=overlap.faster,
         device=f"{platform.machine()} CPU, {NUM_RANKS} gloo ranks of one thread",
@@ -151,20 +158,20 @@ def _overlap(
 ) -> Overlap:
     num_overlapped = (2 * num_layers - 1) * (2 if has_backward else 1)
 
-    def hidden(times: _Times) -> Ratio:
-        shares = [
-            (latency_s * times.num_sums - (slow_s - fast_s)) / (latency_s * num_overlapped)
-            for fast_s, slow_s in zip(times.plain, times.slow, strict=True)
-        ]
+    def hidden(times: _Times, shown_s: list[float]) -> Ratio:
+        whole_s = latency_s * times.num_sums
+        shares = [(whole_s - one_s) / (latency_s * num_overlapped) for one_s in shown_s]
         return Ratio(statistics.median(shares), min(shares), max(shares), len(shares))
 
+    longer_s = [slow - fast for fast, slow in zip(ladder.plain, ladder.slow, strict=True)]
     return Overlap(
         plain_s=statistics.median(plain.plain),
         plain_slow_s=statistics.median(plain.slow),
         ladder_s=statistics.median(ladder.plain),
         ladder_slow_s=statistics.median(ladder.slow),
-        hidden=hidden(ladder),
-        plain_hidden=hidden(plain),
+        hidden=hidden(ladder, longer_s),
+        hidden_waits=hidden(ladder, ladder.waited),
+        plain_hidden_waits=hidden(plain, plain.waited),
         faster=ratio([1 / s for s in ladder.slow], [1 / s for s in plain.slow]),
         num_sums=ladder.num_sums,
         num_overlapped=num_overlapped,
@@ -179,13 +186,14 @@ def _work(
     sides = [_Side(one, plan, rank) for one in (spec, replace(spec, ladder_from=0))]
     found: dict[str, tuple[_Times, _Times]] = {}
     for kind in PASSES:
-        times = [_Times([], [], side.count_sums(kind)) for side in sides]
+        times = [_Times([], [], [], side.count_sums(kind)) for side in sides]
         for round_number in range(rounds + 1):
             for side, of_side in zip(sides, times, strict=True):
-                fast_s, slow_s = side.seconds(kind, 0.0), side.seconds(kind, latency_s)
+                (fast_s, _), (slow_s, waited_s) = (side.seconds(kind, s) for s in (0.0, latency_s))
                 if round_number:
                     of_side.plain.append(fast_s)
                     of_side.slow.append(slow_s)
+                    of_side.waited.append(waited_s)
         found[kind] = (times[0], times[1])
     return found
 
@@ -213,15 +221,15 @@ class _Side:
         self._passes()[kind]()
         return self._world.num_sums - before
 
-    def seconds(self, kind: str, latency_s: float) -> float:
-        """Of one pass that both ranks begin together, until the last has done it."""
+    def seconds(self, kind: str, latency_s: float) -> tuple[float, float]:
+        """Of one pass that ranks begin together, until the last has done it; and held up here."""
         run_pass = self._passes()[kind]
-        self._world.latency_s = latency_s
+        self._world.latency_s, self._world.waited_s = latency_s, 0.0
         torch.distributed.barrier()
         start_s = time.perf_counter()
         run_pass()
         torch.distributed.barrier()
-        return time.perf_counter() - start_s
+        return time.perf_counter() - start_s, self._world.waited_s
 
     def _passes(self) -> dict[str, Callable[[], None]]:
         return dict(zip(PASSES, (self._forward, self._forward_and_backward), strict=True))
