@@ -39,7 +39,8 @@ def test_models_know_of_no_ranks():
 
 
 def test_decisions_have_no_torch_clock_or_dice():
-    runners = {"passes.py", "runtime.py", "stages.py"}
+    words = {"words.py", "spread_embedding.py", "spread_head.py", "spread_vocabulary.py"}
+    runners = {"passes.py", "runtime.py", "stages.py"} | words
     pipeline = [path for path in files("parallel/pipeline") if path.name not in runners]
     for path in [*files("serve/schedule"), *pipeline]:
         roots = {name.split(".")[0] for name in imports_of(path)}

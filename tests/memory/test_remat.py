@@ -14,6 +14,8 @@ from paceline.parallel.apply import recompute
 pytestmark = pytest.mark.cpu
 
 SPEC = PRESETS["tiny"]
+OF_ONE_RANK = [remat for remat in REMAT if remat != "full-keep-attention"]
+"""The other needs a core that reaches over ranks: tests/parallel/context."""
 TOKENS_BT = (torch.arange(64).view(2, 32) * 7) % SPEC.vocab_size
 
 
@@ -62,14 +64,14 @@ def run(remat):
 
 def test_every_way_gives_the_same_bits():
     plain, *_ = run("none")
-    for remat in REMAT:
+    for remat in OF_ONE_RANK:
         found, *_ = run(remat)
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), remat
 
 
 def test_what_is_computed_again_is_what_the_name_says():
     layers = SPEC.num_layers
-    calls = {remat: run(remat)[2:] for remat in REMAT}
+    calls = {remat: run(remat)[2:] for remat in OF_ONE_RANK}
     assert calls == {
         "none": (layers, layers),
         "selective": (layers, 2 * layers),
@@ -78,5 +80,5 @@ def test_what_is_computed_again_is_what_the_name_says():
 
 
 def test_less_is_kept():
-    kept = {remat: run(remat)[1] for remat in REMAT}
+    kept = {remat: run(remat)[1] for remat in OF_ONE_RANK}
     assert kept["full"] < kept["selective"] < kept["none"]

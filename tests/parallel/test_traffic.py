@@ -259,3 +259,52 @@ def test_an_untied_pipeline_sends_no_gradient_of_its_ends():
     spec = replace(SPEC, tied_embeddings=False)
     for found in traffic_of(pipeline_plan("one-f-one-b", 2), spec):
         assert ("send", ("pp",), TIED) not in found
+
+
+# Spread words
+
+
+def spread_traffic(spec: ModelSpec, rank: int, p: int, barriers: int) -> Traffic:
+    """The formula of `paceline.parallel.pipeline.spread_vocabulary`, first stage on the first rank.
+
+    Of two ranks each receives what the formulas have the other send.
+    """
+    row_bytes, last = spec.d_model * HIDDEN, p - 1
+    found: Traffic = Counter()
+
+    def cross(purpose: str, source: int, destination: int, size_bytes: int) -> None:
+        for operation, end in (("send", source), ("receive", destination)):
+            if end == rank:
+                found[operation, ("pp",), purpose] += size_bytes
+
+    for batch in batches():
+        num_labels = int((batch.labels_BT != IGNORED).sum())
+        for other in range(p):
+            words = even_share(spec.vocab_size, p, other)
+            here, chosen = (
+                int(((ids >= words.start) & (ids < words.stop)).sum())
+                for ids in (batch.tokens_BT, batch.labels_BT)
+            )
+            if other != 0:
+                cross("embedded rows", other, 0, here * row_bytes)
+                cross("gradients of embedded rows", 0, other, here * row_bytes)
+            if other != last:
+                cross("hidden states", last, other, B * T * row_bytes)
+                rows = num_labels + chosen * (barriers == 1)
+                cross("terms of hidden states' gradients", other, last, rows * row_bytes)
+            for third in set(range(p)) - {other}:
+                cross("statistics of logits", other, third, 3 * num_labels * WIDE)
+    return +found
+
+
+@pytest.mark.parametrize("barriers", [1, 2])
+@pytest.mark.parametrize(("p", "is_tied"), [(2, True), (3, False)])
+def test_spread_words_send_what_the_formula_says(p, is_tied, barriers):
+    plan = pipeline_plan("one-f-one-b", p)
+    options = {"vocabulary": "spread", "vocabulary_barriers": barriers}
+    plan = replace(plan, pipeline=replace(plan.pipeline, **options))
+    spec = replace(SPEC, tied_embeddings=is_tied)
+    border_bytes = B * T * spec.d_model * HIDDEN
+    for rank, found in enumerate(traffic_of(plan, spec)):
+        stages = pipeline_traffic(plan, rank, border_bytes=border_bytes, tied_bytes=0)
+        assert found == stages + spread_traffic(spec, rank, p, barriers)

@@ -5,9 +5,11 @@ What is illegal is written down here a second time, as plain conditions.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,20 +18,26 @@ from hypothesis import strategies as st
 
 from paceline.core.config import Config
 from paceline.core.errors import Problem
-from paceline.models.families.llama import PRESETS
-from paceline.plan import check as rules
-from paceline.plan.check import RULES, Known, check, value_at
+from paceline.models.families import llama, mixtral
+from paceline.plan.check import RULES, check
 from paceline.plan.plan import Plan
+from paceline.plan.rules.known import Known, value_at
 
-SPEC = replace(PRESETS["tiny"], num_layers=6, max_positions=64)  # 6 query heads
+SPEC = replace(llama.PRESETS["tiny"], num_layers=6, max_positions=64)  # 6 query heads
+OTHERS = {
+    "experts_fit": replace(mixtral.PRESETS["tiny"], max_positions=64),
+    "ladder_fits": replace(SPEC, ladder_from=2),
+}
+"""Rule to a model that can break it, where `SPEC` cannot in every way."""
 NUM_RANKS = 8
 
 VALUES: dict[str, list[Any]] = {
     "mesh.pp": [1, 1, 2, 3, 7, 0],
     "mesh.dp_replicate": [1, 1, 2, -1],
     "mesh.dp_shard": [1, 1, 2, 4, 0],
-    "mesh.cp": [1, 1, 1, 2],
+    "mesh.cp": [1, 1, 1, 2, 7, 0],
     "mesh.tp": [1, 1, 2, 6, 7, 0],
+    "mesh.ep": [1, 1, 1, 2, 3, 0],
     "zero.stage": [None, None, 0, 2, 3],
     "zero.sharder": ["auto", "auto", "auto", "own", "torch"],
     "tensor.sequence_parallel": [True, True, False],
@@ -37,6 +45,12 @@ VALUES: dict[str, list[Any]] = {
     "pipeline.num_microbatches": [None, None, 1, 2, 4, 5, 0],
     "pipeline.stages_per_rank": [1, 1, 2, 3, 9, 0],
     "pipeline.stage_cuts": [None, None, None, (2,), (3, 3)],
+    "pipeline.vocabulary": ["edges", "edges", "edges", "spread"],
+    "pipeline.vocabulary_barriers": [1, 1, 1, 2],
+    "context.method": ["zigzag-ring", "zigzag-ring", "ulysses", "ulysses-ring"],
+    "context.ulysses_degree": [None, None, None, 1, 2, 7, 0],
+    "expert.balance_loss_weight": [0.0, 0.0, 0.1],
+    "memory.remat": ["none", "none", "full", "full-keep-attention"],
     "precision.params": ["float32", "float32", "float64"],
     "precision.compute": ["float32", "float32", "float64"],
     "precision.reduce": ["float32", "float32", "float64"],
@@ -89,8 +103,8 @@ def is_no_multiple(length: int, tokens: int, *ranks: int) -> bool:
 
 
 BASIC = (
-    *(alone(path, lambda value: value <= 0) for path in AXES if path != "mesh.cp"),
-    alone("mesh.cp", lambda value: value != 1),
+    *(alone(path, lambda value: value <= 0) for path in (*AXES, "mesh.ep")),
+    alone("context.ulysses_degree", lambda value: value == 0),
     alone("pipeline.num_microbatches", lambda value: value == 0),
     alone("pipeline.stages_per_rank", lambda value: value <= 0),
     alone("train.sequence_length", lambda value: value <= 0),
@@ -103,10 +117,15 @@ BASIC = (
     alone("serve.mesh.tp", lambda value: value != 1),
 )
 STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
+ULYSSES = ("ulysses", "ulysses-ring")
+CONTEXT = ("mesh.cp", "context.method", "context.ulysses_degree")
 ROUNDS = ("pipeline.num_microbatches", *STEP, "pipeline.schedule", "mesh.pp")
 PRECISION = ("precision.params", "precision.compute", "precision.reduce")
+WORDS = ("pipeline.vocabulary", "pipeline.vocabulary_barriers", "mesh.pp", "mesh.tp")
+EXPERT_RANKS = ("mesh.ep", "mesh.dp_shard", "mesh.cp", "mesh.tp")
+SPLITS = ("mesh.pp", "mesh.cp", "mesh.tp", "mesh.ep", "pipeline.schedule")
 BETWEEN = (
-    Illegal("mesh", AXES, lambda *d: d[0] * d[1] * d[2] * d[4] != NUM_RANKS),
+    Illegal("mesh", AXES, lambda *d: math.prod(d) != NUM_RANKS),
     Illegal("train.tokens_per_step", STEP, is_no_multiple),
     Illegal("pipeline.num_microbatches", ROUNDS, divides_no_near_step),
     Illegal("zero.stage", ("zero.stage", "mesh.dp_shard"), lambda z, d: bool(z) and d == 1),
@@ -118,6 +137,42 @@ BETWEEN = (
         "tensor.sequence_parallel",
         ("tensor.sequence_parallel", "mesh.tp"),
         lambda is_split, tp: tp == 1 and not is_split,
+    ),
+    Illegal("mesh.ep", EXPERT_RANKS, lambda ep, *_: ep > 1),  # the model has no experts
+    Illegal(
+        "expert.balance_loss_weight",
+        ("expert.balance_loss_weight", "peft.method"),
+        lambda weight, _: weight > 0,
+    ),
+    Illegal(
+        "tensor.sequence_parallel",
+        ("tensor.sequence_parallel", "mesh.ep", "mesh.tp"),
+        lambda is_split, ep, tp: ep > 1 and tp > 1 and not is_split,
+    ),
+    Illegal("context.method", ("mesh.cp", "context.method"), lambda c, m: c == 1 and m in ULYSSES),
+    Illegal(
+        "context.ulysses_degree",
+        CONTEXT,
+        lambda cp, method, d: (
+            d is not None and (cp == 1 or method != "ulysses-ring" or cp % d != 0)
+        ),
+    ),
+    Illegal(
+        "context.ulysses_degree",
+        (*CONTEXT, "mesh.tp"),
+        lambda cp, method, d, tp: (
+            cp > 1 and method == "ulysses-ring" and tp <= 6 and (d or 1) > 6 // tp
+        ),
+    ),
+    Illegal(
+        "mesh.cp",
+        (*CONTEXT, "mesh.tp"),
+        lambda cp, method, _, tp: cp > 1 and method == "ulysses" and tp <= 6 and cp > 6 // tp,
+    ),
+    Illegal(
+        "memory.remat",
+        ("mesh.cp", "memory.remat"),
+        lambda cp, remat: cp == 1 and remat == "full-keep-attention",
     ),
     Illegal("mesh.pp", ("mesh.pp", "pipeline.stages_per_rank"), lambda pp, count: pp * count > 6),
     Illegal(
@@ -138,6 +193,10 @@ BETWEEN = (
         is_cut_wrongly,
     ),
     Illegal(
+        "pipeline.vocabulary", WORDS, lambda v, _, pp, tp: v == "spread" and (pp == 1 or tp > 1)
+    ),
+    Illegal("pipeline.vocabulary_barriers", WORDS, lambda v, n, *_: v == "edges" and n > 1),
+    Illegal(
         "pipeline.schedule",
         ("pipeline.schedule", "zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp"),
         lambda name, z, own, d, pp: (
@@ -155,13 +214,13 @@ BETWEEN = (
     ),
     Illegal(
         "train.compile",
-        ("train.compile", "mesh.pp", "mesh.tp", "pipeline.schedule"),
-        lambda c, pp, tp, name: c == "on" and (pp > 1 or tp > 1 or name in SPLITS_BACKWARD),
+        ("train.compile", *SPLITS),
+        lambda c, *d: c == "on" and (max(d[:4]) > 1 or d[4] in SPLITS_BACKWARD),
     ),
     Illegal(
         "peft.method",
-        ("peft.method", "mesh.pp", "mesh.tp", "pipeline.schedule"),
-        lambda m, pp, tp, name: m != "none" and (pp > 1 or tp > 1 or name in SPLITS_BACKWARD),
+        ("peft.method", *SPLITS),
+        lambda m, *d: m != "none" and (max(d[:4]) > 1 or d[4] in SPLITS_BACKWARD),
     ),
     Illegal("train.freeze", ("train.freeze", "peft.method"), lambda f, m: f and m != "none"),
     Illegal("peft.rank", ("peft.rank", "peft.method"), lambda r, m: r != 8 and m != "lora"),
@@ -254,27 +313,28 @@ class Watched:
 def test_a_rule_reads_the_keys_that_stand_with_it(rule, monkeypatch):
     """On plans that it likes and on plans that it does not: exactly these, and no others."""
     read: set[str] = set()
-    monkeypatch.setattr(rules, "_problem", lambda _, path, *texts: Problem(path, "", *texts))
+    monkeypatch.setattr(Known, "problem", lambda _, path, *texts: Problem(path, "", *texts))
     found = 0
+    spec = OTHERS.get(rule.__name__.strip("_"), SPEC)
     for values in _plans_of(RULES[rule]):
-        known = Known(Watched(make(values), read), SPEC, NUM_RANKS)  # type: ignore[arg-type]
+        known = Known(Watched(make(values), read), spec, NUM_RANKS)  # type: ignore[arg-type]
         found += len(list(rule(known)))
     assert found, "no plan here breaks the rule"
     assert read == set(RULES[rule])
 
 
 def _plans_of(keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Default plans with sound values at some of the keys, one and two at a time."""
+    """Default plans with sound values at some of the keys: at a few all of them, of more at two."""
     sound = {"train.sequence_length": 16, "train.tokens_per_step": 96}
-    more = {"mesh.cp": [2], "train.microbatch_tokens": [16], "peft.targets": [("*.up",)]}
+    more = {"train.microbatch_tokens": [16], "peft.targets": [("*.up",)]}
     more |= {"peft.alpha": [2.0], "peft.width": [3]}
     choices = [
         (key, value)
         for key in keys
         for value in (VALUES | more)[key]
-        if not those_that_hold(tuple(c for c in BASIC if c.path == key != "mesh.cp"), {key: value})
+        if not those_that_hold(tuple(c for c in BASIC if c.path == key), {key: value})
     ]
-    return [sound | dict([a, b]) for a in choices for b in choices]
+    return [sound | dict(some) for some in product(choices, repeat=3 if len(keys) == 3 else 2)]
 
 
 def test_the_values_here_are_those_of_keys_that_there_are():

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,28 +24,22 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor
 
 from paceline.bench import layouts
 from paceline.bench.layouts import Step
 from paceline.bench.outcome import MIN_PAIRS, Outcome, interleave, outcome
 from paceline.bench.plain import require_plain
+from paceline.bench.ranks import SharedWeights, our_step, random_batches, timed
 from paceline.core.errors import PacelineError, UnknownNameError
-from paceline.data.batch import Batch
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
 from paceline.kernels.device import keep_freed_memory, measure_peak_flops
 from paceline.models import hub
-from paceline.models.weights import RandomWeights, build
-from paceline.optim import OPTIMIZERS
-from paceline.parallel.apply import apply, cut_of
+from paceline.parallel.apply import cut_of
 from paceline.plan.check import require
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import OptimizerConfig, PipelineConfig, Plan, TrainConfig
-from paceline.train.objective.next_token import next_token
-from paceline.train.state import State
-from paceline.train.step import train_step
 
 NUM_RANKS = 2
 NUM_SEQUENCES, LENGTH = 2, 128
@@ -75,17 +68,6 @@ AXES = {
     "tp": Axis("parallelize_module, sequence parallel"),
     "pp": Axis("Schedule1F1B", num_microbatches=4),
 }
-
-
-class _Weights:
-    """Weights that ranks share with the process that has forked them."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        random = RandomWeights(spec)
-        self.values = {name: random.read(name) for name, _ in build(spec).named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        return self.values[name]
 
 
 class _Measured(NamedTuple):
@@ -122,11 +104,11 @@ def run(
     spec = hub.read_model_spec(model)
     require_plain(spec)
     spec = replace(spec, num_layers=min(layers, spec.num_layers))
-    weights = _Weights(spec)
+    weights = SharedWeights(spec)
     return {name: _measure(name, model, spec, weights, pairs) for name in AXES}
 
 
-def _measure(name: str, model: str, spec: ModelSpec, weights: _Weights, pairs: int) -> Outcome:
+def _measure(name: str, model: str, spec: ModelSpec, weights: SharedWeights, pairs: int) -> Outcome:
     axis, plan = AXES[name], _plan(name)
     require(plan, spec, num_ranks=NUM_RANKS, source=f"the plan of {name}")
     work = partial(_work, name, spec, weights, plan, pairs)
@@ -170,56 +152,20 @@ def _require_same(name: str, found: Sequence[_Measured]) -> None:
 
 
 def _work(
-    name: str, spec: ModelSpec, weights: _Weights, plan: Plan, pairs: int, rank: int
+    name: str, spec: ModelSpec, weights: SharedWeights, plan: Plan, pairs: int, rank: int
 ) -> _Measured:
     """One rank's part of both sides."""
     keep_freed_memory()
     world = World(plan.mesh, rank, torch.device("cpu"))
-    batches = _batches(spec, AXES[name].num_microbatches, seed=world.data_index)
-    ours = _our_step(spec, weights, plan, world, batches)
+    count = AXES[name].num_microbatches
+    shape = (count, NUM_SEQUENCES, LENGTH)
+    batches = random_batches(spec, shape, seed=world.data_index)
+    ours = our_step(spec, weights, plan, world, batches)
     peer = _peer(name, plan, spec)(spec, weights.values, batches, world, plan.optimizer)
     losses = [(ours(), peer()) for _ in range(_COMPARED_STEPS)]
-    rates = interleave(_timed(ours, plan), _timed(peer, plan), pairs)
+    rates = interleave(timed(ours, plan), timed(peer, plan), pairs)
     torch.distributed.barrier()
     return _Measured(*rates, losses, measure_peak_flops(world.device, torch.float32))
-
-
-def _timed(step: Step, plan: Plan) -> Callable[[], float]:
-    """The rate of a step that all ranks begin together, until the last of them has done it."""
-
-    def rate() -> float:
-        torch.distributed.barrier()
-        start_s = time.perf_counter()
-        step()
-        torch.distributed.barrier()
-        return plan.train.tokens_per_step / (time.perf_counter() - start_s)
-
-    return rate
-
-
-def _batches(spec: ModelSpec, count: int, *, seed: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, NUM_SEQUENCES, LENGTH + 1)
-    tokens = torch.randint(spec.vocab_size, shape, generator=generator)
-    documents_BT = torch.zeros(NUM_SEQUENCES, LENGTH, dtype=torch.long)
-    return [
-        Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), documents_BT) for rows in tokens
-    ]
-
-
-def _our_step(
-    spec: ModelSpec, weights: _Weights, plan: Plan, world: World, batches: Sequence[Batch]
-) -> Step:
-    model = apply(spec, weights, plan, world)
-    optimizer = OPTIMIZERS.load(plan.optimizer.name)(model.parameters(), plan.optimizer)
-    state = State(model, optimizer)
-
-    def step() -> float:
-        lr, max_norm = plan.optimizer.lr, plan.optimizer.clip_norm
-        result = train_step(state, batches, next_token, world, learning_rate=lr, max_norm=max_norm)
-        return result.loss
-
-    return step
 
 
 def _peer(name: str, plan: Plan, spec: ModelSpec) -> Callable[..., Step]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import Json, Settings, parse_plan, print_json
+from paceline.cli.options import Json, Settings, parse_plan, print_json, say_warnings
 from paceline.core.errors import ConfigError
 
 
@@ -17,8 +17,11 @@ def check(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Report every problem of a plan; exit with 2 if there is one."""
+    """Report every problem of a plan, and what it would do better otherwise; exit with 2 if there
+    is a problem.
+    """
     from paceline.plan.check import check as problems_of
+    from paceline.plan.check import warnings as warnings_of
 
     spec = None
     if model:
@@ -27,9 +30,12 @@ def check(
         spec = read_model_spec(model)
     plan, unread = parse_plan(plan_file, settings)
     problems = problems_of(plan, spec, unread=unread)
+    warnings = [] if problems else warnings_of(plan, spec)
     if as_json:
-        print_json({"problems": [problem.to_dict() for problem in problems]})
+        found = {"problems": problems, "warnings": warnings}
+        print_json({kind: [problem.to_dict() for problem in of] for kind, of in found.items()})
         raise typer.Exit(2 if problems else 0)
     if problems:
         raise ConfigError(problems, source=str(plan_file))
+    say_warnings(warnings)
     typer.echo(f"{plan_file}: no problems")

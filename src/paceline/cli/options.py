@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,12 @@ def require_dtype(dtype: str | None) -> None:
     """Raises UsageError if the flag names no dtype."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+
+
+def say_warnings(warnings: Iterable[Problem]) -> None:
+    """Tells what a plan would do better otherwise."""
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def print_json(value: Any) -> None:

@@ -17,7 +17,9 @@ from paceline.cli.options import (
     print_json,
     read_plan,
     require_dtype,
+    say_warnings,
 )
+from paceline.core.env import rank_environment
 from paceline.core.errors import RankError, UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def train(
         follow_launcher()  # before the imports below, which take seconds
     from paceline.kernels.device import choose_device, keep_freed_memory
     from paceline.models.hub import resolve
-    from paceline.plan.check import require
+    from paceline.plan.check import require, warnings
     from paceline.train.inputs import open_inputs, require_sources
     from paceline.train.job import resumed_job, run_job, way_out
 
@@ -85,6 +87,8 @@ def train(
             error.hint = error.hint or way_out(job.folder)
             raise
         return
+    if (environment := rank_environment()) is None or environment.rank == 0:
+        say_warnings(warnings(job.plan, source.spec))
     keep_freed_memory()  # this process is the run's alone
     record = run_job(job, source, device)
     if as_json and record is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import Json, PlanFile, Settings, print_json, read_plan
+from paceline.cli.options import Json, PlanFile, Settings, print_json, read_plan, say_warnings
 from paceline.core.errors import PacelineError, UsageError
 
 
@@ -31,7 +31,7 @@ def verify(
         _fuzz(fuzz, seed, as_json=as_json)
         return
     from paceline.models.hub import resolve
-    from paceline.plan.check import require
+    from paceline.plan.check import require, warnings
     from paceline.verify.certify import BOUND, certify
     from paceline.verify.tiny import tiny_spec
 
@@ -40,6 +40,7 @@ def verify(
     source = resolve(model) if model else None
     spec, weights = (source.spec, source.weights) if source else (tiny_spec(plan), None)
     require(plan, spec, source=str(plan_file or "the plan"))
+    say_warnings(warnings(plan, spec))
     certificate = certify(plan, spec, weights, say=partial(typer.echo, err=True))
     if as_json:
         print_json(asdict(certificate))

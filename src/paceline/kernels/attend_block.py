@@ -114,14 +114,13 @@ def merge(out_BTNH: Tensor, lse_BNT: Tensor, block_out_BTNH: Tensor, block_lse_B
         block_out_BTNH: over other keys.
         block_lse_BNT: of these.
     """
-    total_BNT = torch.logaddexp(lse_BNT, block_lse_BNT)
-    # Nothing was seen and nothing is: -inf minus -inf would be no number.
+    # A sigmoid of the difference: shares are exact however large both sums are. Where nothing was
+    # seen and nothing is, -inf minus -inf would be no number.
     is_seen_BNT = block_lse_BNT > -math.inf
-    share_BNT = (block_lse_BNT - total_BNT).where(is_seen_BNT, -math.inf).exp()
+    share_BNT = (block_lse_BNT - lse_BNT).sigmoid().where(is_seen_BNT, 0.0)
     share_BTN1 = share_BNT.transpose(1, 2)[..., None].to(out_BTNH.dtype)
-    # One share, not two: so the two outputs' shares add up to 1 whatever is rounded.
     out_BTNH.lerp_(block_out_BTNH.to(out_BTNH.dtype), share_BTN1)
-    lse_BNT.copy_(total_BNT)
+    lse_BNT.copy_(torch.logaddexp(lse_BNT, block_lse_BNT))
 
 
 def _flash(

@@ -89,7 +89,7 @@ class ExpertConfig(Config):
 class MemoryConfig(Config):
     """What is recomputed instead of kept."""
 
-    remat: Literal["none", "selective", "full"] = "none"
+    remat: Literal["none", "selective", "full", "full-keep-attention"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.parallel.pipeline import SCHEDULES
-from paceline.parallel.pipeline.base import Action, Kind, RankActions
+from paceline.parallel.pipeline.base import Action, Kind, Line, RankActions
 from paceline.parallel.pipeline.communicate import (
     RECEIVES,
     SENDS,
     add_transfers,
-    channel_of,
+    channels_of,
     check,
-    other_end,
+    other_ends,
 )
 
 KINDS = {kind.value: kind for kind in Kind}
@@ -69,20 +69,22 @@ def test_what_is_taken_first_but_sent_last_is_received_in_the_order_of_its_chann
 
 
 def test_ends_and_channels():
-    ranks = {0: 0, 1: 1, 2: 1, 3: 0}
+    line = Line({0: 0, 1: 1, 2: 1, 3: 0})
     for text, expected in (
-        ("SF0.5", ("RF1.5", (0, 1, True))),
-        ("SF2.5", ("RF3.5", (1, 0, True))),
-        ("SB1.5", ("RB0.5", (1, 0, False))),
-        ("SB3.5", ("RB2.5", (0, 1, False))),
+        ("SF0.5", ("RF1.5", (0, 1, Kind.SEND_FORWARD))),
+        ("SF2.5", ("RF3.5", (1, 0, Kind.SEND_FORWARD))),
+        ("SB1.5", ("RB0.5", (1, 0, Kind.SEND_BACKWARD))),
+        ("SB3.5", ("RB2.5", (0, 1, Kind.SEND_BACKWARD))),
     ):
         ((send,),) = parsed(text)
-        receive = other_end(send)
-        assert (repr(receive), channel_of(send, ranks)) == expected
-        assert channel_of(receive, ranks) == expected[1]
-        assert other_end(receive) == send
+        (receive,) = other_ends(send, line)
+        assert (repr(receive), channels_of(send, line)) == (expected[0], {expected[1]: send})
+        assert channels_of(receive, line) == {expected[1]: send}
+        assert other_ends(receive, line) == (send,)
+    assert other_ends(Action(Kind.SEND_FORWARD, 1, 5), line) == ()  # handed over
+    assert other_ends(Action(Kind.SEND_FORWARD, 3, 5), line) == ()  # beyond the end
     with pytest.raises(ValueError, match=r"F0\.0 is no transfer"):
-        other_end(Action(Kind.FORWARD, 0, 0))
+        other_ends(Action(Kind.FORWARD, 0, 0), line)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,9 @@ def test_ends_and_channels():
         ("F0.1 ", "F0.1 F1.1 ", r"F1\.1 is on rank 0: its stage is on another rank too"),
         ("SF0.1 ", "", r"rank 0 has SF0\.1 0 time\(s\), not 1"),
         ("SF0.1 ", "SF0.1 SF0.1 ", r"rank 0 has SF0\.1 2 time\(s\), not 1"),
-        ("RF1.1 ", "", r"brings RF1\.1, but None is what is received"),
-        ("RF1.1 ", "RF1.1 RF1.1 ", r"brings None, but RF1\.1 is what is received"),
-        ("RF1.0 F1.0", "RF1.1 RF1.0 F1.0", r"brings RF1\.0, but RF1\.1"),
+        ("RF1.1 ", "", r"brings SF0\.1, but None is what is received"),
+        ("RF1.1 ", "RF1.1 RF1.1 ", r"brings None, but SF0\.1 is what is received"),
+        ("RF1.0 F1.0", "RF1.1 RF1.0 F1.0", r"brings SF0\.0, but SF0\.1"),
         ("F0.0 SF0.0", "SF0.0 F0.0", r"never comes, at \[SF0\.0"),
         ("RF1.0 F1.0", "F1.0 RF1.0", r"never comes, at \[RB0\.0, F1\.0\]|\[B0\.0, F1\.0\]"),
         ("F1.0 B1.0 SB1.0", "B1.0 SB1.0 F1.0", r"never comes, at \[.*B1\.0\]"),

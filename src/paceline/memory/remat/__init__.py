@@ -8,6 +8,7 @@ REMAT = NameTable(
         "none": "paceline.memory.remat.none:NONE",
         "selective": "paceline.memory.remat.selective:SELECTIVE",
         "full": "paceline.memory.remat.full:FULL",
+        "full-keep-attention": "paceline.memory.remat.full_keep_attention:FULL_KEEP_ATTENTION",
     },
 )
 """Name to its `paceline.memory.remat.base.Remat`."""

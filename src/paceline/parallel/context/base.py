@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,22 @@ class Attended(NamedTuple):
 
     out_BTNH: Tensor
     kept: tuple[Tensor, ...]
+
+
+class Work(NamedTuple):
+    """What an attention has to do.
+
+    Attributes:
+        blocks: which queries see which keys.
+        scale: of the scores.
+        num_heads: queries of each of this rank's tokens.
+        num_kv_heads: keys of the same.
+    """
+
+    blocks: Blocks
+    scale: float
+    num_heads: int
+    num_kv_heads: int
 
 
 class Core(ABC):
@@ -66,22 +83,14 @@ class Core(ABC):
         return _Keeping(self)
 
     @abstractmethod
-    def forward(
-        self,
-        q_BTNH: Tensor,
-        k_BTKH: Tensor,
-        v_BTKH: Tensor,
-        blocks: Blocks,
-        scale: float,
-    ) -> Attended:
+    def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, work: Work) -> Attended:
         """The attention of this rank's queries over all keys of their rows.
 
         Args:
             q_BTNH: of this rank's places.
             k_BTKH: of the same.
             v_BTKH: of the same.
-            blocks: which queries see which keys.
-            scale: of the scores.
+            work: what they see.
         """
 
     @abstractmethod
@@ -90,8 +99,7 @@ class Core(ABC):
         grad_BTNH: Tensor,
         inputs: tuple[Tensor, ...],
         attended: Attended,
-        blocks: Blocks,
-        scale: float,
+        work: Work,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of queries, keys and values of this rank's places, over all ranks' losses.
 
@@ -99,8 +107,7 @@ class Core(ABC):
             grad_BTNH: of the output.
             inputs: queries, keys and values, or nothing: see `needs_inputs`.
             attended: what the forward pass gave.
-            blocks: as forward.
-            scale: as forward.
+            work: as forward.
         """
 
 
@@ -136,15 +143,20 @@ class _Call:
     found: Attended | None = None
     is_kept: bool = False
 
-    def blocks(self, q_BTNH: Tensor) -> Blocks:
-        """Made once a micro-batch for each window; all layers share them."""
-        whole, window, dtype = self.layout.whole, self.site.window, q_BTNH.dtype
+    def work(self, q_BTNH: Tensor, k_BTKH: Tensor) -> Work:
+        """Its blocks are made once a micro-batch for each window; all layers share them."""
+        whole, window = self.layout.whole, self.site.window
         assert whole is not None, "the layout is of whole rows"
-        placement, device = self.core.placement, q_BTNH.device
-        make: Callable[[], Blocks] = lambda: Blocks(  # noqa: E731
-            whole, placement, window=window, dtype=dtype, device=device
+        make = partial(
+            Blocks,
+            whole,
+            self.core.placement,
+            window=window,
+            dtype=q_BTNH.dtype,
+            device=q_BTNH.device,
         )
-        return self.layout.once((window, dtype), make)
+        blocks: Blocks = self.layout.once((window, q_BTNH.dtype), make)
+        return Work(blocks, self.site.scale, q_BTNH.shape[2], k_BTKH.shape[2])
 
 
 class _Keeping:
@@ -169,21 +181,20 @@ class _Keeping:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, call: _Call) -> Tensor:
-        blocks, scale = call.blocks(q_BTNH), call.site.scale
-        found = call.found or call.core.forward(q_BTNH, k_BTKH, v_BTKH, blocks, scale)
+        work = call.work(q_BTNH, k_BTKH)
+        found = call.found or call.core.forward(q_BTNH, k_BTKH, v_BTKH, work)
         if call.is_kept:
             # Another tensor of the same memory: the output itself will hold on to the graph.
             call.found = Attended(found.out_BTNH.detach(), found.kept)
         out_BTNH = found.out_BTNH.detach()
         inputs = (q_BTNH, k_BTKH, v_BTKH) if call.core.needs_inputs else ()
         ctx.save_for_backward(out_BTNH, *inputs, *found.kept)
-        ctx.call, ctx.blocks, ctx.num_inputs = call, blocks, len(inputs)
+        ctx.core, ctx.work, ctx.num_inputs = call.core, work, len(inputs)
         return out_BTNH
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         out_BTNH, *saved = ctx.saved_tensors
         inputs, kept = tuple(saved[: ctx.num_inputs]), tuple(saved[ctx.num_inputs :])
-        attended, scale = Attended(out_BTNH, kept), ctx.call.site.scale
-        gradients = ctx.call.core.backward(grad_outputs[0], inputs, attended, ctx.blocks, scale)
-        return *gradients, None
+        attended = Attended(out_BTNH, kept)
+        return *ctx.core.backward(grad_outputs[0], inputs, attended, ctx.work), None

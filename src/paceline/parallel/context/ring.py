@@ -19,8 +19,8 @@ from torch import Tensor
 
 from paceline.dist.p2p import PendingTensor
 from paceline.dist.world import World
-from paceline.parallel.context.base import Attended, Core, Method
-from paceline.parallel.context.blocks import Blocks, Queries, Sums, zeros_for
+from paceline.parallel.context.base import Attended, Core, Method, Work
+from paceline.parallel.context.blocks import Queries, Sums, zeros_for
 from paceline.parallel.context.placement import Placement
 from paceline.parallel.context.travel import Ring
 
@@ -35,44 +35,38 @@ class RingCore(Core):
         super().__init__(world, placement)
         self._ring = Ring(world, placement, PURPOSES)
 
-    def forward(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, blocks: Blocks, scale: float
-    ) -> Attended:
+    def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, work: Work) -> Attended:
         kv_2BSKH = torch.stack([k_BTKH, v_BTKH])
-        return ring_forward(self._ring, q_BTNH, kv_2BSKH, blocks, scale)
+        return ring_forward(self._ring, q_BTNH, kv_2BSKH, work)
 
     def backward(
         self,
         grad_BTNH: Tensor,
         inputs: tuple[Tensor, ...],
         attended: Attended,
-        blocks: Blocks,
-        scale: float,
+        work: Work,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q_BTNH, k_BTKH, v_BTKH = inputs
         queries = Queries(q_BTNH, grad_BTNH, attended.out_BTNH, *attended.kept)
         kv_2BSKH = torch.stack([k_BTKH, v_BTKH])
-        grad_q_BTNH, grad_kv_2BSKH = ring_backward(self._ring, queries, kv_2BSKH, blocks, scale)
+        grad_q_BTNH, grad_kv_2BSKH = ring_backward(self._ring, queries, kv_2BSKH, work)
         grad_k_BTKH, grad_v_BTKH = grad_kv_2BSKH.to(k_BTKH.dtype)
         return grad_q_BTNH, grad_k_BTKH, grad_v_BTKH
 
 
-def ring_forward(
-    ring: Ring, q_BTNH: Tensor, kv_2BSKH: Tensor, blocks: Blocks, scale: float
-) -> Attended:
+def ring_forward(ring: Ring, q_BTNH: Tensor, kv_2BSKH: Tensor, work: Work) -> Attended:
     """The output of this rank's queries over all parts; what is kept is lse_BNT.
 
     Args:
         ring: the ranks that have the other parts.
         q_BTNH: of this rank's part.
         kv_2BSKH: keys and values of the same.
-        blocks: which queries see which keys.
-        scale: of the scores.
+        work: what they see.
     """
     sums = Sums(q_BTNH)
     for step in range(ring.size):
         passed = _pass_on(ring, kv_2BSKH, step)
-        sums.meet(kv_2BSKH, blocks.between(ring.index, ring.part(-step)), scale)
+        sums.meet(kv_2BSKH, work.blocks.between(ring.index, ring.part(-step)), work.scale)
         if passed is not None:
             kv_2BSKH = passed.wait()
             ring.finish()  # at most two parts are here at a time
@@ -80,7 +74,7 @@ def ring_forward(
 
 
 def ring_backward(
-    ring: Ring, queries: Queries, kv_2BSKH: Tensor, blocks: Blocks, scale: float
+    ring: Ring, queries: Queries, kv_2BSKH: Tensor, work: Work
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries, in their dtype, and of keys and values, at least in float32.
 
@@ -94,8 +88,8 @@ def ring_backward(
         passed = _pass_on(ring, kv_2BSKH, step)
         queries.meet(
             kv_2BSKH,
-            blocks.between(ring.index, ring.part(-step)),
-            scale,
+            work.blocks.between(ring.index, ring.part(-step)),
+            work.scale,
             grad_q_BTNH=grad_q_BTNH,
             grad_kv_2BSKH=grad_kv_2BSKH,
         )

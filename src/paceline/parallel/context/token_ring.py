@@ -21,8 +21,8 @@ from torch import Tensor
 
 from paceline.dist.p2p import PendingTensor
 from paceline.dist.world import World
-from paceline.parallel.context.base import Attended, Core, Method
-from paceline.parallel.context.blocks import Blocks, Queries, Sums, zeros_for
+from paceline.parallel.context.base import Attended, Core, Method, Work
+from paceline.parallel.context.blocks import Queries, Sums, zeros_for
 from paceline.parallel.context.placement import Placement
 from paceline.parallel.context.travel import Ring
 
@@ -38,16 +38,14 @@ class TokenRingCore(Core):
         purposes = QUERIES, OUTPUTS, GUESTS, GRADIENTS
         self._ring = Ring(world, placement, purposes, is_full=True)
 
-    def forward(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, blocks: Blocks, scale: float
-    ) -> Attended:
+    def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, work: Work) -> Attended:
         ring, kv_2BSKH = self._ring, torch.stack([k_BTKH, v_BTKH])
         own, guest_BTNH = Sums(q_BTNH), q_BTNH
         coming: list[PendingTensor] = []
         for step in range(ring.size):
             (passed,) = self._pass_on((guest_BTNH,), step, QUERIES)
             sums = Sums(guest_BTNH) if step else own
-            sums.meet(kv_2BSKH, blocks.between(ring.part(-step), ring.index), scale)
+            sums.meet(kv_2BSKH, work.blocks.between(ring.part(-step), ring.index), work.scale)
             if coming:  # from the step before: it has travelled meanwhile
                 own.add(coming[0].wait(), coming[1].wait())
             if step:
@@ -66,8 +64,7 @@ class TokenRingCore(Core):
         grad_BTNH: Tensor,
         inputs: tuple[Tensor, ...],
         attended: Attended,
-        blocks: Blocks,
-        scale: float,
+        work: Work,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ring, (q_BTNH, k_BTKH, v_BTKH) = self._ring, inputs
         kv_2BSKH = torch.stack([k_BTKH, v_BTKH])
@@ -80,8 +77,8 @@ class TokenRingCore(Core):
             grad_q_BTNH = zeros_for(q_BTNH) if step else own_BTNH
             Queries(*queries_3BTNH, lse_BNT).meet(
                 kv_2BSKH,
-                blocks.between(ring.part(-step), ring.index),
-                scale,
+                work.blocks.between(ring.part(-step), ring.index),
+                work.scale,
                 grad_q_BTNH=grad_q_BTNH,
                 grad_kv_2BSKH=grad_kv_2BSKH,
             )

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from paceline.dist.world import World
-from paceline.parallel.context.base import Attended, Core, Method
-from paceline.parallel.context.blocks import Blocks, Queries, wide
+from paceline.parallel.context.base import Attended, Core, Method, Work
+from paceline.parallel.context.blocks import Queries, wide
 from paceline.parallel.context.placement import AXIS, Placement
 from paceline.parallel.context.ring import PURPOSES, ring_backward, ring_forward
 from paceline.parallel.context.travel import Ring
@@ -40,32 +40,27 @@ class UlyssesCore(Core):
         super().__init__(world, placement)
         self._ring = Ring(world, placement, PURPOSES)
 
-    def forward(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, blocks: Blocks, scale: float
-    ) -> Attended:
-        exchange = Exchange(self.world, self.placement, q_BTNH.shape[2], k_BTKH.shape[2])
+    def forward(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, work: Work) -> Attended:
+        exchange = Exchange(self.world, self.placement, work)
         q_BSnH, *keys = exchange.to_heads(q_BTNH, k_BTKH, v_BTKH)
         kv_2BSkH = torch.stack([exchange.for_queries(x_BSkH) for x_BSkH in keys])
-        found = ring_forward(self._ring, q_BSnH, kv_2BSkH, blocks, scale)
+        found = ring_forward(self._ring, q_BSnH, kv_2BSkH, work)
         (out_BTNH,) = exchange.to_tokens(found.out_BTNH)
-        num_keys = torch.tensor(k_BTKH.shape[2])
-        return Attended(out_BTNH, (q_BSnH, kv_2BSkH, found.out_BTNH, *found.kept, num_keys))
+        return Attended(out_BTNH, (q_BSnH, kv_2BSkH, found.out_BTNH, *found.kept))
 
     def backward(
         self,
         grad_BTNH: Tensor,
         inputs: tuple[Tensor, ...],
         attended: Attended,
-        blocks: Blocks,
-        scale: float,
+        work: Work,
     ) -> tuple[Tensor, Tensor, Tensor]:
         del inputs
-        q_BSnH, kv_2BSkH, out_BSnH, lse_BnS, num_keys = attended.kept
-        num_heads = grad_BTNH.shape[2]
-        exchange = Exchange(self.world, self.placement, num_heads, int(num_keys))
+        q_BSnH, kv_2BSkH, out_BSnH, lse_BnS = attended.kept
+        exchange = Exchange(self.world, self.placement, work)
         (grad_BSnH,) = exchange.to_heads(grad_BTNH)
         queries = Queries(q_BSnH, grad_BSnH, out_BSnH, lse_BnS)
-        grad_q, grad_kv = ring_backward(self._ring, queries, kv_2BSkH, blocks, scale)
+        grad_q, grad_kv = ring_backward(self._ring, queries, kv_2BSkH, work)
         grad_k, grad_v = (exchange.of_keys(grad).to(grad_q.dtype) for grad in grad_kv)
         gradients = exchange.to_tokens(grad_q, grad_k, grad_v)
         return gradients[0], gradients[1], gradients[2]
@@ -79,18 +74,16 @@ class Exchange:
     Args:
         world: the ranks.
         placement: which of them have a part in common.
-        num_heads: query heads, of all tokens of this rank.
-        num_kv_heads: key heads of the same.
+        work: with the number of heads that all tokens have.
     """
 
-    def __init__(
-        self, world: World, placement: Placement, num_heads: int, num_kv_heads: int
-    ) -> None:
+    def __init__(self, world: World, placement: Placement, work: Work) -> None:
         self._world = world
         degree, rank = placement.ranks_per_part, world.coordinate(AXIS)
         self._first, self._me = rank - rank % degree, rank % degree
-        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
-        self._shares = [head_share(num_heads, num_kv_heads, degree, n) for n in range(degree)]
+        self._num_heads, self._num_kv_heads = work.num_heads, work.num_kv_heads
+        heads = work.num_heads, work.num_kv_heads
+        self._shares = [head_share(*heads, degree, member) for member in range(degree)]
 
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
         """Of (B, T, all heads, H) tensors of this rank's tokens (B, S, this rank's heads, H)."""

@@ -102,8 +102,9 @@ class Passes:
         self._spread = spread
         if spread:
             purposes = tuple(WORD_PURPOSES.values())
-            distances = range(1, world.degree("pp"))
-            self._word_peers = PointToPoint(world, "pp", purposes, distances=distances)
+            self._word_peers = PointToPoint(
+                world, "pp", purposes, distances=range(1, world.degree("pp"))
+            )
         self._batches: Sequence[Batch] = ()
         self._runtimes: dict[tuple[int, bool], Runtime] = {}
         self.trace: list[Span] = []
