@@ -135,3 +135,15 @@ def test_a_file_that_is_no_plan_is_one_error(monkeypatch, capsys, tmp_path, cont
     assert (code, out) == (2, "")
     assert err.startswith("error: " + message.format(path=path))
     assert "Traceback" not in err
+
+
+def test_a_plan_that_does_not_pay_is_told(monkeypatch, capsys, plan):
+    path = plan('[mesh]\ncp = 4\n[context]\nmethod = "token-ring"\n')
+    model = ("--model", "random:llama:tiny")
+    code, out, err = inside(monkeypatch, capsys, path, *model)
+    assert (code, out) == (0, f"{path}: no problems\n")
+    assert err.startswith('warning: context.method = "token-ring": has the busiest link of 4 ranks')
+    code, out, err = inside(monkeypatch, capsys, path, *model, "--json")
+    (warning,) = json.loads(out)["warnings"]
+    assert (code, err, warning["path"]) == (0, "", "context.method")
+    assert warning.keys() == {"path", "value", "rule", "hint"}

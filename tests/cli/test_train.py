@@ -179,7 +179,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     ),
     "tokens": (("--set", "train.tokens_per_step=17"), 2, "must be a multiple of", "use 16 or 32"),
     "context": (("--set", "train.sequence_length=9999"), 2, "train.sequence_length", ""),
-    "not built": (("--set", "mesh.cp=2"), 2, "is not built in this version", "use 1"),
+    "not built": (
+        ("--set", "resilience.max_restarts=1"),
+        2,
+        "is not built in this version",
+        "use 0",
+    ),
     "unknown dtype": (("--dtype", "float8"), 2, "unknown dtype 'float8'", "one of float32"),
     "unknown device": (
         ("--device", "gpu", *TWO_RANKS),

@@ -85,10 +85,19 @@ def test_a_wrong_loss_is_not_certified(monkeypatch, capsys, bad):
 
 
 def test_a_plan_that_cannot_run_is_refused(monkeypatch, capsys):
-    code, out, err = inside(monkeypatch, capsys, "--set", "mesh.cp=2", "--json")
+    code, out, err = inside(monkeypatch, capsys, "--set", "serve.mesh.tp=2", "--json")
     assert (code, out) == (2, "")
-    assert err.startswith("error: 1 problem in the plan:\nmesh.cp = 2: is not built")
+    assert err.startswith("error: 1 problem in the plan:\nserve.mesh.tp = 2: is not built")
     assert "hint: use 1" in err
+
+
+def test_a_plan_that_does_not_pay_is_told(monkeypatch, capsys):
+    tokens = ("--set", "mesh.cp=2", "--set", "context.method=token-ring")
+    code, out, err = inside(monkeypatch, capsys, *SMALL, *tokens)
+    assert code == 0
+    assert out.startswith("certified: ")
+    assert err.startswith('warning: context.method = "token-ring": has the busiest link of 2')
+    assert 'hint: use "zigzag-ring" or "ring"' in err
 
 
 def test_a_frozen_name_that_is_none_is_refused(monkeypatch, capsys):

@@ -9,21 +9,12 @@ import pytest
 
 from paceline.models.families.llama import PRESETS
 from paceline.parallel.pipeline import SCHEDULES
-from paceline.plan import check as rules
 from paceline.plan.check import check
 from paceline.plan.plan import Plan
 
 SPEC = replace(PRESETS["tiny"], num_layers=6)
-BUILT = ("mesh.pp", "pipeline.schedule", "pipeline.stages_per_rank", "pipeline.stage_cuts")
 SPLIT = ("zero-bubble", "zero-bubble-v", "v-half")
 V = {"interleaved": 2, "zero-bubble-v": 2, "v-half": 2}
-
-
-@pytest.fixture(autouse=True)
-def _rules_alone(monkeypatch):
-    """The rules say the same whether or not this version runs pipelines."""
-    left = {path: built for path, built in rules.NOT_BUILT.items() if path not in BUILT}
-    monkeypatch.setattr(rules, "NOT_BUILT", left)
 
 
 def plan(pp: int, schedule: str = "one-f-one-b", sequences: int = 12, **others: Any) -> Plan:

@@ -44,6 +44,8 @@ LAYOUTS = {
         PipelineConfig(schedule="one-f-one-b"),
     ),
     "tp 2 x dp_shard 2": (MeshConfig(tp=2, dp_shard=2), PipelineConfig()),
+    "cp 2": (MeshConfig(cp=2), PipelineConfig()),
+    "pp 2 x cp 2": (MeshConfig(pp=2, cp=2), PipelineConfig()),
 }
 
 

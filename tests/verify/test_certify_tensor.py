@@ -43,6 +43,8 @@ def test_any_number_of_ranks_shares_heads_columns_and_words(tp, is_sequence_para
 def test_every_family_is_split(name, is_sequence_parallel):
     spec = family(name).PRESETS["tiny"]
     plan = plan_of(tp=2, is_sequence_parallel=is_sequence_parallel)
+    if name == "gpt2":  # whose gradient of them is rounding alone: see `paceline.verify.fuzz`
+        plan = replace(plan, train=replace(plan.train, freeze=("*.attention.key.bias",)))
     certificate = certify(plan, spec, RandomWeights(spec, seed=2))
     assert certificate.certified, certificate.worst
 

@@ -10,8 +10,12 @@ from typer.testing import CliRunner
 
 from paceline.cli.main import app
 from paceline.core.errors import UsageError
+from paceline.memory.remat import REMAT
+from paceline.models.families import FAMILIES
+from paceline.parallel.context import METHODS
 from paceline.parallel.tensor import decoder
 from paceline.plan.check import check
+from paceline.plan.mesh import AXES
 from paceline.plan.plan import Plan
 from paceline.verify.fuzz import draw, fuzz
 
@@ -25,13 +29,20 @@ def test_a_draw_is_a_function_of_seed_and_number():
 
 def test_every_axis_schedule_stage_and_family_comes_up():
     plans = [plan for plan, _ in DRAWS]
-    for axis in ("pp", "dp_replicate", "dp_shard", "tp"):
+    for axis in (*AXES, "ep"):
         degrees = {getattr(plan.mesh, axis) for plan in plans}
         assert {1, 2, 3, 4} <= degrees, axis
     assert {plan.mesh.num_ranks for plan in plans} == set(range(2, 9))
     assert len({plan.pipeline.schedule for plan in plans if plan.mesh.pp > 1}) == 6
     assert {plan.zero_stage for plan in plans} == {0, 1, 2, 3}
-    assert len({spec.family for _, spec in DRAWS}) == 9
+    assert {spec.family for _, spec in DRAWS} == set(FAMILIES)
+    assert {plan.context.method for plan in plans if plan.mesh.cp > 1} == set(METHODS)
+    words = {(p.pipeline.vocabulary, p.pipeline.vocabulary_barriers) for p in plans}
+    assert words == {("edges", 1), ("spread", 1), ("spread", 2)}
+    assert {plan.memory.remat for plan in plans} == set(REMAT)
+    assert any(spec.ladder_from is not None and plan.mesh.tp > 1 for plan, spec in DRAWS)
+    assert any(plan.expert.balance_loss_weight and plan.mesh.ep > 1 for plan in plans)
+    assert any(plan.mesh.cp > 1 and plan.mesh.tp > 1 and plan.mesh.ep > 2 for plan in plans)
     assert any(plan.pipeline.stage_cuts for plan in plans)
     assert {plan.tensor.sequence_parallel for plan in plans if plan.mesh.tp > 1} == {True, False}
 

@@ -10,7 +10,7 @@ from paceline.models.ffn import FeedForward
 from paceline.models.ladder import LadderBlock
 from paceline.models.layout import Layout
 from paceline.models.linear import Linear, make_norm
-from paceline.models.moe import MixtureOfExperts
+from paceline.models.moe import MixtureOfExperts, feed
 from paceline.models.prelude import Prelude
 from paceline.models.rope import rotary_angles
 from paceline.models.tied import LookUp, TiedEmbedding
@@ -41,10 +41,7 @@ class Block(nn.Module):
     ) -> Tensor:
         attended_BTD = self.attention(self.attention_norm(x_BTD), layout, angles, attend)
         x_BTD = x_BTD + self.attention_post_norm(attended_BTD)
-        normed_BTD = self.ffn_norm(x_BTD)
-        if isinstance(self.ffn, MixtureOfExperts):  # which counts tokens, not padding
-            return x_BTD + self.ffn_post_norm(self.ffn(normed_BTD, layout))
-        return x_BTD + self.ffn_post_norm(self.ffn(normed_BTD))
+        return x_BTD + self.ffn_post_norm(feed(self.ffn, self.ffn_norm(x_BTD), layout))
 
 
 class Absent(nn.Module):

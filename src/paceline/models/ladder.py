@@ -28,7 +28,7 @@ from paceline.models.attention import Attend, Attention
 from paceline.models.ffn import FeedForward
 from paceline.models.layout import Layout
 from paceline.models.linear import make_norm
-from paceline.models.moe import MixtureOfExperts
+from paceline.models.moe import MixtureOfExperts, feed
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -115,8 +115,6 @@ class LadderBlock(nn.Module):
         return self.overlap.close(stream) if self._is_last else stream
 
     def _fed_forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        normed_BTD = self.ffn_norm(x_BTD)
-        if isinstance(self.ffn, MixtureOfExperts):
-            # A view, which torch's sharder warns of where it leaves a block.
-            return self.ffn(normed_BTD, layout).clone()
-        return self.ffn(normed_BTD)
+        fed_BTD = feed(self.ffn, self.ffn_norm(x_BTD), layout)
+        # Of experts it is a view, which torch's sharder warns of where it leaves a block.
+        return fed_BTD.clone() if isinstance(self.ffn, MixtureOfExperts) else fed_BTD

@@ -116,3 +116,11 @@ class MixtureOfExperts(nn.Module):
         if not self.moe.shared_gate:
             return shared(x_BTD)
         return self.shared_gate(x_BTD).sigmoid() * shared(x_BTD)
+
+
+def feed(ffn: nn.Module, x_BTD: Tensor, layout: Layout) -> Tensor:
+    """What a block's feed-forward makes of its input, whichever it is.
+
+    A mixture of experts has to see the layout: it counts tokens, and padding is none.
+    """
+    return ffn(x_BTD, layout) if isinstance(ffn, MixtureOfExperts) else ffn(x_BTD)

@@ -1,12 +1,14 @@
 """Plans and tiny models drawn at random, each of which is certified or refused.
 
-Every factorisation of 2 to 8 ranks over pp, dp_replicate, dp_shard and tp can come up, every
-schedule and ZeRO stage, every family, and sizes that nothing divides. What is drawn is a function
-of the seed and of its number, so any of them can be drawn again alone.
+Every factorisation of 2 to 8 ranks over the five axes can come up, with experts shared out over any
+part of them, every schedule, ZeRO stage and way of sharing sequences, words at the edges or spread,
+every family, with a ladder residual or without, and sizes that nothing divides. What is drawn is a
+function of the seed and of its number, so any of them can be drawn again alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,11 +20,14 @@ from paceline.core.errors import RankError
 from paceline.models.families import FAMILIES, family
 from paceline.models.peft import PEFT
 from paceline.models.weights import RandomWeights
+from paceline.parallel.context import METHODS
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.check import check
-from paceline.plan.mesh import MeshConfig
+from paceline.plan.mesh import AXES, MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import (
+    ContextConfig,
+    ExpertConfig,
     MemoryConfig,
     PeftConfig,
     PipelineConfig,
@@ -41,6 +46,7 @@ _MIN_RANKS, _MAX_RANKS = 2, 8
 _MAX_SEQUENCES = 2  # of a micro-batch
 _MAX_LENGTH = 29
 _MAX_ROUNDS = 3  # of micro-batches, where they come in rounds
+_BALANCE_WEIGHT = 0.05
 
 
 @dataclass(slots=True)
@@ -131,7 +137,8 @@ def trial(seed: int, number: int) -> Trial:
 def _title(plan: Plan, spec: ModelSpec) -> str:
     """A plan in a few words."""
     peft = f", {plan.peft.method}" if plan.peft.method != "none" else ""
-    return f"{spec.family}, {name_of(plan)}{peft}"
+    ladder = f", ladder from {spec.ladder_from}" if spec.ladder_from is not None else ""
+    return f"{spec.family}, {name_of(plan)}{peft}{ladder}"
 
 
 class _Dice:
@@ -149,35 +156,23 @@ class _Dice:
 def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
     """The plan of a number, and the model that it is for."""
     dice = _Dice(seed, number)
-    mesh = _mesh(dice)
-    schedule: Any = dice.pick("schedule", list(SCHEDULES)) if mesh.pp > 1 else "one-f-one-b"
-    traits: Any = SCHEDULES.load(schedule)
-    most = traits.max_stages_per_rank or traits.min_stages_per_rank + 1
-    per_rank = dice.pick("stages", range(traits.min_stages_per_rank, most + 1))
     spec = family(dice.pick("family", list(FAMILIES))).PRESETS["tiny"]
+    mesh, tensor = _mesh(dice, spec)
+    pipeline, sequences = _pipeline(dice, mesh)
     length = dice.pick("length", range(3, _MAX_LENGTH + 1))
-    rounds = dice.pick("rounds", range(1, _MAX_ROUNDS + 1))
-    num_microbatches = rounds * traits.microbatch_unit(mesh.pp)
-    sequences = num_microbatches * dice.pick("sequences", range(1, _MAX_SEQUENCES + 1))
     stage: Any = dice.pick("zero", [0, 1, 2, 3]) if mesh.dp_shard > 1 else 0
     sharder: Any = dice.pick("sharder", ["auto", "own"]) if stage == 3 else "auto"
-    is_alone = mesh.pp == mesh.tp == 1
-    barriers: Any = dice.pick("barriers", [0, 0, 1, 2]) if mesh.pp > 1 == mesh.tp else 0
+    is_alone = mesh.pp == mesh.tp == mesh.cp == mesh.ep == 1
     method = dice.pick("peft", ["none", "none", *PEFT]) if is_alone else "none"
+    is_balanced = spec.moe is not None and method == "none" and dice.pick("balance", [True, False])
     plan = Plan(
         mesh=mesh,
         zero=ZeroConfig(stage=stage, sharder=sharder),
-        tensor=TensorConfig(
-            sequence_parallel=mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
-        ),
-        pipeline=PipelineConfig(
-            schedule=schedule,
-            num_microbatches=num_microbatches,
-            stages_per_rank=per_rank,
-            vocabulary="spread" if barriers else "edges",
-            vocabulary_barriers=barriers or 1,
-        ),
-        memory=MemoryConfig(remat=dice.pick("remat", ["none", "selective", "full"])),
+        tensor=tensor,
+        pipeline=pipeline,
+        context=_context(dice, mesh),
+        expert=ExpertConfig(balance_loss_weight=_BALANCE_WEIGHT if is_balanced else 0.0),
+        memory=_memory(dice, mesh),
         peft=PeftConfig(method=method),
         train=TrainConfig(
             sequence_length=length,
@@ -187,7 +182,7 @@ def draw(seed: int, number: int) -> tuple[Plan, ModelSpec]:
         ),
     )
     spec = fitted(spec, plan, spare_layers=dice.pick("spare layers", [0, 1, 2]))
-    return replace(plan, pipeline=_with_cuts(dice, plan, spec)), spec
+    return replace(plan, pipeline=_with_cuts(dice, plan, spec)), _with_ladder(dice, plan, spec)
 
 
 _FREEZES: tuple[tuple[str, ...], ...] = (
@@ -210,18 +205,72 @@ def _freeze(dice: _Dice, spec: ModelSpec) -> tuple[str, ...]:
     return (*dice.pick("freeze", _FREEZES), *(["*.attention.key.bias"] if is_shift else []))
 
 
-def _mesh(dice: _Dice) -> MeshConfig:
-    """One of all meshes of several ranks without context or expert parallelism."""
+def _mesh(dice: _Dice, spec: ModelSpec) -> tuple[MeshConfig, TensorConfig]:
+    """One of all meshes of several ranks, and whether its tensor ranks split the tokens.
+
+    Of a model with experts any of these ranks may share them out.
+    """
     degrees = range(1, _MAX_RANKS + 1)
-    meshes = [
-        MeshConfig(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp)
-        for pp in degrees
-        for replicate in degrees
-        for shard in degrees
-        for tp in degrees
-        if _MIN_RANKS <= math.prod((pp, replicate, shard, tp)) <= _MAX_RANKS
+    shapes = [
+        shape
+        for shape in itertools.product(degrees, repeat=len(AXES))
+        if _MIN_RANKS <= math.prod(shape) <= _MAX_RANKS
     ]
-    return dice.pick("mesh", meshes)
+    mesh = MeshConfig(**dict(zip(AXES, dice.pick("mesh", shapes), strict=True)))
+    splits_tokens = mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
+    if spec.moe is not None and splits_tokens:
+        count = mesh.dp_shard * mesh.cp * mesh.tp
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        mesh = replace(mesh, ep=dice.pick("experts", divisors))
+    return mesh, TensorConfig(sequence_parallel=splits_tokens)
+
+
+def _pipeline(dice: _Dice, mesh: MeshConfig) -> tuple[PipelineConfig, int]:
+    """A schedule, and the sequences of a data rank's step."""
+    schedule: Any = dice.pick("schedule", list(SCHEDULES)) if mesh.pp > 1 else "one-f-one-b"
+    traits: Any = SCHEDULES.load(schedule)
+    most = traits.max_stages_per_rank or traits.min_stages_per_rank + 1
+    per_rank = dice.pick("stages", range(traits.min_stages_per_rank, most + 1))
+    rounds = dice.pick("rounds", range(1, _MAX_ROUNDS + 1))
+    num_microbatches = rounds * traits.microbatch_unit(mesh.pp)
+    can_spread = mesh.pp > 1 and mesh.tp == 1
+    words: Any = dice.pick("words", ["edges", "spread"]) if can_spread else "edges"
+    barriers: Any = dice.pick("barriers", [1, 2]) if words == "spread" else 1
+    config = PipelineConfig(
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        stages_per_rank=per_rank,
+        vocabulary=words,
+        vocabulary_barriers=barriers,
+    )
+    return config, num_microbatches * dice.pick("sequences", range(1, _MAX_SEQUENCES + 1))
+
+
+def _context(dice: _Dice, mesh: MeshConfig) -> ContextConfig:
+    if mesh.cp == 1:
+        return ContextConfig()
+    method: Any = dice.pick("context", list(METHODS))
+    if method != "ulysses-ring":
+        return ContextConfig(method=method)
+    degrees = [None, *(n for n in range(1, mesh.cp + 1) if mesh.cp % n == 0)]
+    return ContextConfig(method=method, ulysses_degree=dice.pick("ulysses", degrees))
+
+
+def _memory(dice: _Dice, mesh: MeshConfig) -> MemoryConfig:
+    kept = ["full-keep-attention"] if mesh.cp > 1 else []
+    remat: Any = dice.pick("remat", ["none", "selective", "full", *kept])
+    return MemoryConfig(remat=remat)
+
+
+def _with_ladder(dice: _Dice, plan: Plan, spec: ModelSpec) -> ModelSpec:
+    """The model, in one of three draws that admit it with a ladder residual from some layer on."""
+    mesh = plan.mesh
+    admits = spec.norm_placement == "before" and mesh.pp == 1 and plan.peft.method == "none"
+    if mesh.tp > 1:
+        admits = admits and spec.moe is None and not plan.tensor.sequence_parallel
+    if not admits or dice.pick("ladder", [False, False, True]) is False:
+        return spec
+    return replace(spec, ladder_from=dice.pick("first ladder layer", range(spec.num_layers)))
 
 
 def _with_cuts(dice: _Dice, plan: Plan, spec: ModelSpec) -> PipelineConfig:

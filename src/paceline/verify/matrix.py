@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from paceline.models.families import family
 from paceline.parallel.context import METHODS
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import (
     ContextConfig,
+    ExpertConfig,
     MemoryConfig,
     PipelineConfig,
     Plan,
@@ -18,7 +20,7 @@ from paceline.plan.plan import (
     TrainConfig,
     ZeroConfig,
 )
-from paceline.verify.tiny import tiny_spec
+from paceline.verify.tiny import fitted, tiny_spec
 
 _LENGTH = 17  # no number of ranks divides it
 _SEQUENCES = 12  # of each data rank
@@ -38,12 +40,12 @@ class Entry(NamedTuple):
 
 
 def layouts() -> dict[str, Entry]:
-    """Name to plan and model: each axis alone, then axes together, rematerialisation, words that are
-    spread, sequences that are shared.
+    """Name to plan and model: each axis alone, axes together, rematerialisation; then what spreads
+    words, shares sequences shares out experts, and ladders.
     """
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat(), *_spread(), *_context()]
     found = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
-    return found | _untied() | _windowed()
+    return found | _untied() | _windowed() | _sparse() | _ladder()
 
 
 def name_of(plan: Plan) -> str:
@@ -65,6 +67,8 @@ def name_of(plan: Plan) -> str:
         words.append("no sequence parallel")
     if plan.memory.remat != "none":
         words.append(f"remat {plan.memory.remat}")
+    if plan.expert.balance_loss_weight:
+        words.append("balance loss")
     return ", ".join(words)
 
 
@@ -77,6 +81,7 @@ def _plan(
     method: str = "zigzag-ring",
     is_sequence_parallel: bool = True,
     barriers: Literal[0, 1, 2] = 0,
+    balance_loss_weight: float = 0.0,
     **mesh: int,
 ) -> Plan:
     config = MeshConfig(**mesh)
@@ -95,6 +100,7 @@ def _plan(
         ),
         context=ContextConfig(method=values["method"]),
         memory=MemoryConfig(remat=values["remat"]),
+        expert=ExpertConfig(balance_loss_weight=balance_loss_weight),
         train=TrainConfig(
             sequence_length=_LENGTH, tokens_per_step=_LENGTH * _SEQUENCES * config.num_data_ranks
         ),
@@ -209,4 +215,65 @@ def _windowed() -> dict[str, Entry]:
     return {
         f"{name_of(plan)}, window": Entry(plan, replace(spec, global_layers=(0,)))
         for plan, spec in specs.items()
+    }
+
+
+_BALANCE = 0.3  # large enough for its gradient to be among the others'
+_SPARSE = ("mixtral", "qwen2-moe", "pangu-moe")
+
+
+def _experts() -> list[tuple[str, Plan]]:
+    """Families with experts, and plans for them, of which all but one balance the load."""
+    plans = [(name, _balanced(ep=ep, dp_shard=ep)) for name in _SPARSE for ep in (2, 4)]
+    plans += [(name, _balanced()) for name in _SPARSE]
+    plans += [("pangu-moe", _balanced(tp=2, is_sequence_parallel=way)) for way in (True, False)]
+    plans += [("qwen2-moe", _balanced(ep=2, tp=2)), ("mixtral", _balanced(ep=4, tp=2, dp_shard=2))]
+    plans.append(("mixtral", _plan(ep=2, dp_shard=2)))
+    for stage in _STAGES:
+        plans.append(("mixtral", _balanced(ep=2, dp_shard=4, stage=stage)))
+        plans.append(("pangu-moe", _balanced(ep=2, dp_shard=2, tp=2, stage=stage)))
+        plans.append(("qwen2-moe", _balanced(ep=2, dp_replicate=2, dp_shard=2, stage=stage)))
+        more = _balanced(pp=2, ep=2, dp_shard=2, stage=stage, schedule="one-f-one-b")
+        plans.append(("mixtral", more))
+    for schedule in ("zero-bubble", "zero-bubble-v"):
+        plans += [(n, _balanced(pp=2, ep=2, dp_shard=2, schedule=schedule)) for n in _SPARSE]
+    own = [_balanced(ep=2, dp_shard=n, stage=3, sharder="own") for n in (2, 4)]
+    plans += [("qwen2-moe", plan) for plan in own]
+    plans.append(("mixtral", _balanced(ep=2, dp_replicate=2, dp_shard=4, stage=1)))
+    for remat in _REMATS[1:]:
+        plans.append(("pangu-moe", _balanced(ep=2, dp_shard=2, remat=remat)))
+        plans.append(("qwen2-moe", _balanced(ep=2, tp=2, dp_shard=2, remat=remat)))
+    return plans
+
+
+def _balanced(**options: Any) -> Plan:
+    return _plan(balance_loss_weight=_BALANCE, **options)
+
+
+def _with_experts(name: str, plan: Plan) -> ModelSpec:
+    """A tiny model of a family that admits a plan."""
+    return fitted(family(name).PRESETS["tiny"], plan, spare_layers=1)
+
+
+def _sparse() -> dict[str, Entry]:
+    """Models with experts."""
+    entries = [Entry(plan, _with_experts(name, plan)) for name, plan in _experts()]
+    return {f"{name_of(plan)}, {spec.family}": Entry(plan, spec) for plan, spec in entries}
+
+
+def _ladder() -> dict[str, Entry]:
+    """Models whose residual is a ladder, whole and from the second layer on."""
+    plans = [_plan(tp=tp, is_sequence_parallel=False) for tp in (2, 3)]
+    plans += [_plan(dp_shard=2, stage=stage) for stage in _STAGES]
+    plans += [_plan(dp_shard=2, stage=3, sharder="own")]
+    for remat in _REMATS[1:]:
+        plans += [
+            _plan(remat=remat, tp=2, is_sequence_parallel=False),
+            _plan(remat=remat, tp=2, dp_shard=2, stage=3, is_sequence_parallel=False),
+            _plan(remat=remat, dp_shard=2, stage=3),
+        ]
+    return {
+        f"{name_of(plan)}, {words}": Entry(plan, replace(tiny_spec(plan), ladder_from=first))
+        for plan in plans
+        for first, words in enumerate(("ladder", "ladder from layer 1"))
     }

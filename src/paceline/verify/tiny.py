@@ -31,7 +31,8 @@ def fitted(spec: ModelSpec, plan: Plan, *, spare_layers: int = 0) -> ModelSpec:
     cuts = plan.pipeline.stage_cuts or (0,)
     least = num_stages + spare_layers if num_stages > 1 else 1
     group = spec.num_heads // spec.num_kv_heads
-    num_kv_heads = max(spec.num_kv_heads, -(-plan.mesh.tp // group))
+    least_heads = plan.mesh.tp * (plan.ulysses_degree if plan.mesh.cp > 1 else 1)
+    num_kv_heads = max(spec.num_kv_heads, -(-least_heads // group))
     return replace(
         spec,
         num_layers=max(spec.num_layers, least, cuts[-1] + 1),

@@ -51,10 +51,9 @@ class AllToAll:
         received_PE = self._world.all_to_all(sent_PE, AXIS, each, each, purpose=COUNTS)
         sent, received = sent_PE.sum(dim=1).tolist(), received_PE.sum(dim=1).tolist()
         order = by_expert(received_PE)
-        places = order.argsort()
 
         def combine(outputs_RD: Tensor) -> Tensor:
-            return _Exchange.apply(outputs_RD[places], self._world, received, sent)
+            return _Exchange.apply(outputs_RD[undone(order)], self._world, received, sent)
 
         arrived_RD = _Exchange.apply(rows_RD, self._world, sent, received)
         return Arrived(arrived_RD[order], tuple(received_PE.sum(dim=0).tolist()), combine)
@@ -69,6 +68,11 @@ def by_expert(counts_PE: Tensor) -> Tensor:
     num_ranks, num_experts = counts_PE.shape
     experts = torch.arange(num_experts, device=counts_PE.device).repeat(num_ranks)
     return experts.repeat_interleave(counts_PE.flatten()).argsort(stable=True)
+
+
+def undone(order: Tensor) -> Tensor:
+    """The order that puts rows back which were taken in another."""
+    return order.argsort()
 
 
 class _Exchange(torch.autograd.Function):

@@ -144,7 +144,7 @@ class _Enter(torch.autograd.Function):
 def leave_term(linear: Linear, world: World) -> None:
     """Has a matrix that is split by its inputs give a rank's term; the first has its bias in it."""
     multiply: Product = linear.product
-    is_first = world.coordinate(AXIS) == 0
+    is_first = _is_first(world)
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = multiply(x, weight, None)
@@ -152,3 +152,7 @@ def leave_term(linear: Linear, world: World) -> None:
         return y if bias is None else y + is_first * bias.to(y.dtype)
 
     linear.product = product
+
+
+def _is_first(world: World) -> bool:
+    return world.coordinate(AXIS) == 0
