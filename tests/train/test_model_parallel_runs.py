@@ -37,7 +37,7 @@ LAYOUTS = {
     "pp 2, zero-bubble": (MeshConfig(pp=2), PipelineConfig(schedule="zero-bubble")),
     "pp 2, words spread": (
         MeshConfig(pp=2),
-        PipelineConfig(schedule="v-half", stages_per_rank=2, vocabulary="spread"),
+        PipelineConfig(schedule="zero-bubble", vocabulary="spread"),
     ),
     "pp 2 x tp 2 x dp_replicate 2": (
         MeshConfig(pp=2, tp=2, dp_replicate=2),

@@ -1,9 +1,8 @@
-"""Words spread over a pipeline's ranks: what runs is what was planned, and what cannot is refused."""
+"""Words spread over a pipeline's ranks: what runs is what was planned; what cannot is refused."""
 
 from __future__ import annotations
 
 import re
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from paceline.models.weights import RandomWeights
 from paceline.parallel.apply import apply
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.communicate import add_transfers
+from paceline.parallel.pipeline.partition import word_costs
 from paceline.parallel.pipeline.vocabulary_passes import spread_vocabulary
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import PipelineConfig, Plan, PrecisionConfig
@@ -94,7 +94,10 @@ def test_ranks_run_what_was_planned(schedule, pp, barriers):
         return [str(span.action) for span in model.passes.trace]
 
     passes = SCHEDULES.load(schedule).actions(pp, plan.pipeline.stages_per_rank, M)
-    planned = add_transfers(spread_vocabulary(passes, barriers))
+    num_stages = pp * plan.pipeline.stages_per_rank
+    length = plan.train.sequence_length
+    costs = word_costs(SPEC, length, num_stages=num_stages, num_ranks=pp)
+    planned = add_transfers(spread_vocabulary(passes, barriers, costs))
     assert over_ranks(plan, work) == [list(map(str, own)) for own in planned]
 
 
