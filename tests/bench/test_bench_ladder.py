@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -49,13 +50,13 @@ def test_sums_are_counted_and_a_plain_model_hides_none():
 def test_a_ladder_of_smollm2_s_widths_hides_most_of_five_milliseconds():
     """At least 80 % of the latency that it can overlap is waited for by no one."""
     spec = read_model_spec("random:llama:135m")
-    for overlap in measure(ladder.replace(spec, num_layers=4)).values():
+    for overlap in measure(replace(spec, num_layers=4)).values():
         assert overlap.hidden_waits.median >= 0.8
 
 
 def test_the_plan_is_sound_at_the_size_of_smollm2():
     spec = read_model_spec("random:llama:135m")
-    assert check(_plan(), ladder.replace(spec, ladder_from=0), num_ranks=2) == []
+    assert check(_plan(), replace(spec, ladder_from=0), num_ranks=2) == []
 
 
 def test_the_command_prints_both_kinds_of_pass(monkeypatch, capsys):

@@ -173,6 +173,25 @@ def test_and_so_for_other_models(spec, rows):
     assert traffic_of(tensor_plan(2, rows=rows), spec) == [expected] * 2
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_ladder_sends_what_a_plain_model_does_and_gradients_of_its_norms(remat):
+    """And, where blocks are computed again, one sum of each ladder block's, not of its last."""
+    spec = replace(SPEC, ladder_from=2)
+    expected = tensor_traffic(SPEC, 2, rows=False)
+    names = [
+        name
+        for name in whole_names(SPEC, 2)
+        if name.startswith(("blocks.2.", "blocks.3.")) and "query_norm" not in name
+    ]
+    assert any(name.endswith("bias") for name in names)
+    expected["all-reduce", ("tp",), GRADIENTS] += parameter_bytes(SPEC, names)
+    if remat == "full":
+        size_bytes = M * SPEC.num_layers * hidden_bytes(SPEC, 2, is_padded=False)
+        expected["all-reduce", ("tp",), PURPOSE] += size_bytes
+    found = traffic_of(tensor_plan(2, rows=False, remat=remat), spec)
+    assert found == [expected] * 2
+
+
 def test_gradients_of_copied_heads_go_over_the_data_ranks_that_share_them_too():
     """As whole gradients; what has been summed over data ranks already is not sent again."""
     plan = replace(tensor_plan(2, rows=True, dp_shard=2), zero=ZeroConfig(stage=3))

@@ -119,11 +119,15 @@ def measure(
     for one in (spec, replace(spec, ladder_from=0)):
         require(plan, one, num_ranks=NUM_RANKS, source="the plan of bench ladder")
     work = partial(_work, spec, plan, rounds, latency_s)
+    found: dict[str, tuple[_Times, _Times]]
     found = run_ranks(work, NUM_RANKS, timeout_s=_TIMEOUT_S, mesh=plan.mesh)[0]
-    return {
-        kind: _overlap(*found[kind], latency_s, spec.num_layers, has_backward=kind == PASSES[1])
-        for kind in PASSES
-    }
+    overlaps: dict[str, Overlap] = {}
+    for kind, (plain, ladder) in found.items():
+        has_backward = kind == PASSES[1]
+        overlaps[kind] = _overlap(
+            plain, ladder, latency_s, spec.num_layers, has_backward=has_backward
+        )
+    return overlaps
 
 
 def _outcome(kind: str, overlap: Overlap, model: str, spec: ModelSpec) -> Outcome:
