@@ -24,7 +24,9 @@ from paceline.memory.remat import REMAT
 from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
 from paceline.optim import OPTIMIZERS
+from paceline.parallel.context import METHODS
 from paceline.parallel.data import STAGES
+from paceline.parallel.expert import DISPATCHES
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.plan import Plan
 from paceline.serve.schedule import POLICIES
@@ -33,13 +35,20 @@ DOCS = Path(__file__).parent
 TABLES = {
     "zero.stage": STAGES,
     "pipeline.schedule": SCHEDULES,
+    "context.method": METHODS,
+    "expert.dispatch": DISPATCHES,
     "memory.remat": REMAT,
     "peft.method": PEFT,
     "optimizer.name": OPTIMIZERS,
     "serve.policy": POLICIES,
     "model_type, in a model's config.json": FAMILIES,
 }
-MODULES = {"mesh.tp": "paceline.parallel.tensor.decoder"}
+MODULES = {
+    "mesh.tp": "paceline.parallel.tensor.decoder",
+    "pipeline.vocabulary": "paceline.parallel.pipeline.spread_vocabulary",
+    "expert.balance_loss_weight": "paceline.models.balance",
+    "ladder_from, in a model's sizes": "paceline.models.ladder",
+}
 """Plan key to the technique that it alone chooses."""
 
 

@@ -68,7 +68,8 @@ def test_a_side_that_does_other_work_is_an_error():
 
 def test_a_peer_with_another_step_is_caught(monkeypatch):
     """Of one micro-batch alone: the first loss is the same, the second is not."""
-    monkeypatch.setattr(axes, "LENGTH", 16)
+    for module in (axes, context, ladder, vocabulary):
+        monkeypatch.setattr(module, "LENGTH", 16)
     monkeypatch.setattr(axes, "AXES", {"dp_replicate": Axis("DDP", num_microbatches=2)})
     whole = axes._peer
 
@@ -76,10 +77,10 @@ def test_a_peer_with_another_step_is_caught(monkeypatch):
         make = whole(name, plan, spec)
         return lambda spec, weights, batches, *rest: make(spec, weights, batches[1:], *rest)
 
-    run(model="random:llama:tiny", layers=1, pairs=1)
+    run(model="random:llama:tiny", layers=2, pairs=1)
     monkeypatch.setattr(axes, "_peer", half)
     with pytest.raises(PacelineError, match="dp_replicate: the loss of step "):
-        run(model="random:llama:tiny", layers=1, pairs=1)
+        run(model="random:llama:tiny", layers=2, pairs=1)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def memory(
 
 def _spec(model: str, layers: int) -> ModelSpec:
     spec = hub.read_model_spec(model)
-    return replace(spec, num_layers=min(layers, spec.num_layers))
+    return replace(spec, num_layers=layers)
 
 
 def _plan(spec: ModelSpec, schedule: str, *, num_ranks: int = NUM_RANKS, barriers: int) -> Plan:

@@ -66,8 +66,8 @@ class SpreadEmbedding:
         }
 
     def _embed(self, action: Action) -> None:
-        weight_VD = self._words.model.embedding.weight
-        self._words.run(lambda: self._look_up(action.microbatch), weight_VD)
+        matrix = self._words.model.get_parameter("embedding.weight")
+        self._words.run(lambda: self._look_up(action.microbatch), matrix)
 
     def _look_up(self, microbatch: int) -> None:
         embedder = _Embedder(self._words.model, self._shares)
