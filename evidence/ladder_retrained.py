@@ -12,10 +12,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -111,8 +110,8 @@ def plan_of(num_steps: int) -> Plan:
     )
 
 
-def prove(folder: Path, *, model: str = MODEL, num_steps: int = NUM_STEPS) -> list[RetrainedRecord]:
-    """Converts, trains and compares; leaves a record for each text.
+def prove(folder: Path, *, model: str = MODEL, num_steps: int = NUM_STEPS) -> list[dict[str, Any]]:
+    """Converts, trains and compares; leaves a record for each text. What is done is not done anew.
 
     Raises:
         PacelineError: less came back than must.
@@ -125,15 +124,18 @@ def prove(folder: Path, *, model: str = MODEL, num_steps: int = NUM_STEPS) -> li
     if not retrained.exists():
         start_s = time.process_time()
         train(str(converted), text, run, num_steps)
-        _write(folder / _SESSIONS, [SessionRecord(core_s=time.process_time() - start_s)])
+        sessions = RecordWriter(folder / _SESSIONS)
+        sessions.write(SessionRecord(core_s=time.process_time() - start_s))
+        sessions.close()
         newest = complete_checkpoints(run / "checkpoints")[-1]
         export(newest, RunFolder(run).model_files(), retrained)
-    plan = plan_of(num_steps)
-    records: list[RetrainedRecord] = []
-    for part in (HELD_OUT, PROSE):
+    path, plan = folder / "retrained.jsonl", plan_of(num_steps)
+    known = list(read_records(path)) if path.exists() else []
+    writer = RecordWriter(path)
+    for part in (HELD_OUT, PROSE)[len(known) :]:
         losses = [loss_on(text / part, str(m), plan) for m in (model, converted, retrained)]
         plain_loss, converted_loss, retrained_loss = losses
-        record = RetrainedRecord(
+        found = RetrainedRecord(
             model=model,
             text=part,
             plain_loss=plain_loss,
@@ -144,9 +146,10 @@ def prove(folder: Path, *, model: str = MODEL, num_steps: int = NUM_STEPS) -> li
             tokens=num_steps * plan.train.tokens_per_step,
             core_s=sum(record["core_s"] for record in read_records(folder / _SESSIONS)),
         )
-        records.append(record)
-    _write(folder / "retrained.jsonl", records)
-    if (regained := records[0].regained) < LEAST_REGAINED:
+        writer.write(found)
+    writer.close()
+    records = list(read_records(path))
+    if (regained := records[0]["regained"]) < LEAST_REGAINED:
         raise PacelineError(f"{regained:.0%} came back, of at least {LEAST_REGAINED:.0%}")
     return records
 
@@ -191,17 +194,10 @@ def loss_on(text: Path, model: str, plan: Plan) -> float:
     return evaluate(parallel, held_out.batches(0), next_token, world).loss
 
 
-def _write(path: Path, records: Sequence[Record]) -> None:
-    writer = RecordWriter(path)
-    for record in records:
-        writer.write(record)
-    writer.close()
-
-
 def main() -> None:
     for record in prove(ROOT / "evidence" / "records" / "ladder"):
-        losses = (record.plain_loss, record.converted_loss, record.retrained_loss)
-        print(f"{record.text}: {losses}, {record.regained:.0%} came back", file=sys.stderr)
+        losses = [record[f"{name}_loss"] for name in ("plain", "converted", "retrained")]
+        print(f"{record['text']}: {losses}, {record['regained']:.0%} came back", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import certified
+import ladder_retrained
 from kills import prove
 
 ROOT = Path(__file__).parent.parent
@@ -15,9 +17,19 @@ RECORDS = Path(__file__).parent / "records"
 NUM_KILLS = 200
 
 
+def _losses(record: dict[str, Any]) -> str:
+    """Before, converted and trained again, in words."""
+    plain, converted, retrained = (
+        f"{record[f'{name}_loss']:.3f}" for name in ("plain", "converted", "retrained")
+    )
+    text = f"loss on {record['text']} text {plain}, converted {converted}, then {retrained}"
+    return f"{text}: {record['regained']:.0%} came back"
+
+
 def main() -> None:
     certified.main()
     records = prove(RECORDS / "kills", NUM_KILLS)
+    held_out, prose = ladder_retrained.prove(RECORDS / "ladder")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
@@ -36,6 +48,9 @@ Written by `make evidence`, commit {commit}, {date.today()}. CI runs a seeded te
 | a run that saves at every step, killed with SIGKILL and resumed (`evidence/kills.py`) | \
 {len(records)} kills, {partial} of them in the middle of a save | every logged loss equals the \
 uninterrupted run's, every newest complete checkpoint is whole |
+| SmolLM2's upper half converted to a ladder residual and trained again \
+(`evidence/ladder_retrained.py`) | {held_out["steps"]} steps, {held_out["tokens"]:,} tokens, \
+{held_out["core_s"]:,.0f} s of a core | {_losses(held_out)}; {_losses(prose)} |
 """
     )
     print(f"{len(records)} kills, {partial} in the middle of a save", file=sys.stderr)

@@ -150,7 +150,7 @@ def test_norms_behind_sublayers_are_refused():
         spec_from_config(as_ladder(config_of(OLMO2["tiny"]), 1), source="x")
 
 
-@pytest.mark.parametrize("key", ["plain", "ladder_from"])
+@pytest.mark.parametrize("key", ["plain", "plain_type", "ladder_from"])
 def test_a_config_that_lacks_a_part_is_refused(key):
     config = as_ladder(config_of(TINY), 1)
     del config[key]

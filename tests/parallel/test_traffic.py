@@ -173,6 +173,25 @@ def test_and_so_for_other_models(spec, rows):
     assert traffic_of(tensor_plan(2, rows=rows), spec) == [expected] * 2
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_ladder_sends_what_a_plain_model_does_and_gradients_of_its_norms(remat):
+    """And, where blocks are computed again, one sum of each ladder block's, not of its last."""
+    spec = replace(SPEC, ladder_from=2)
+    expected = tensor_traffic(SPEC, 2, rows=False)
+    names = [
+        name
+        for name in whole_names(SPEC, 2)
+        if name.startswith(("blocks.2.", "blocks.3.")) and "query_norm" not in name
+    ]
+    assert any(name.endswith("bias") for name in names)
+    expected["all-reduce", ("tp",), GRADIENTS] += parameter_bytes(SPEC, names)
+    if remat == "full":
+        size_bytes = M * SPEC.num_layers * hidden_bytes(SPEC, 2, is_padded=False)
+        expected["all-reduce", ("tp",), PURPOSE] += size_bytes
+    found = traffic_of(tensor_plan(2, rows=False, remat=remat), spec)
+    assert found == [expected] * 2
+
+
 def test_gradients_of_copied_heads_go_over_the_data_ranks_that_share_them_too():
     """As whole gradients; what has been summed over data ranks already is not sent again."""
     plan = replace(tensor_plan(2, rows=True, dp_shard=2), zero=ZeroConfig(stage=3))
@@ -308,3 +327,31 @@ def test_spread_words_send_what_the_formula_says(p, is_tied, barriers):
     for rank, found in enumerate(traffic_of(plan, spec)):
         stages = pipeline_traffic(plan, rank, border_bytes=border_bytes, tied_bytes=0)
         assert found == stages + spread_traffic(spec, rank, p, barriers)
+
+
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_data_ranks_gather_words_as_the_formula_says(barriers):
+    """Of `paceline.parallel.data.parameter_sharded`: embedding once, head once a barrier."""
+    options = {"vocabulary": "spread", "vocabulary_barriers": barriers}
+    plan = Plan(
+        mesh=MeshConfig(pp=2, dp_shard=2),
+        zero=ZeroConfig(stage=3),
+        pipeline=PipelineConfig.from_dict(options),
+    )
+    shapes = {name: tuple(p.shape) for name, p in build(SPEC).named_parameters()}
+
+    def padded_bytes(shape: Sequence[int]) -> int:
+        return 2 * -(-shape[0] // 2) * math.prod(shape[1:]) * PARAMETER
+
+    for rank, found in enumerate(traffic_of(plan)):
+        stage = rank // 2
+        words = len(even_share(SPEC.vocab_size, 2, stage))
+        word_bytes = padded_bytes((words, SPEC.d_model))
+        layers = range(2 * stage, 2 * stage + 2)
+        own = [name for name in shapes if name.startswith(tuple(f"blocks.{n}." for n in layers))]
+        stage_bytes = sum(padded_bytes(shapes[name]) for name in own)
+        stage_bytes += padded_bytes(shapes["norm.weight"]) * stage
+        gathered = found["all-gather", ("dp_shard",), "parameters"]
+        assert gathered == M * (2 * stage_bytes + (1 + barriers) * word_bytes)
+        reduced = found["reduce-scatter", ("dp_shard",), "gradients"]
+        assert reduced == M * (stage_bytes + 2 * word_bytes)

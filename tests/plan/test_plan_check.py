@@ -13,10 +13,13 @@ import pytest
 from paceline.core.config import Config
 from paceline.core.errors import ConfigError, Problem
 from paceline.models.peft import PEFT
-from paceline.plan import check as rules
-from paceline.plan.check import NAMED, NOT_BUILT, PEFT_KEYS, check, require, value_at
+from paceline.plan.check import check, require
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
+from paceline.plan.rules.basic import NAMED, NOT_BUILT, NOT_NEGATIVE, POSITIVE
+from paceline.plan.rules.known import Known, value_at
+from paceline.plan.rules.sharding import sharder_fits
+from paceline.plan.rules.training import PEFT_KEYS
 
 REFUSED = "is not built in this version"
 SPEC = ModelSpec(
@@ -112,13 +115,13 @@ def test_the_hint_of_what_is_not_built_says_what_is():
     assert problem.hint == "give a number of steps"
 
 
-@pytest.mark.parametrize("path", rules.POSITIVE)
+@pytest.mark.parametrize("path", POSITIVE)
 def test_zero_is_refused_where_a_quantity_must_be_positive(path):
     for value in (0, -1):
         assert (path, "must be positive and finite") in summary(plan_with((path, value)))
 
 
-@pytest.mark.parametrize("path", rules.NOT_NEGATIVE)
+@pytest.mark.parametrize("path", NOT_NEGATIVE)
 def test_zero_is_accepted_where_a_quantity_must_not_be_negative(path):
     assert summary(plan_with((path, 0))) == []
     assert summary(plan_with((path, -1))) == [(path, "must be finite and not negative")]
@@ -304,10 +307,10 @@ def test_a_sharder_is_for_stage_3_alone(sharder):
 
 
 def test_torch_s_sharder_does_not_go_with_a_pipeline():
-    known = rules.Known(
+    known = Known(
         plan_with(("mesh.pp", 2), ("mesh.dp_shard", 2), ("zero.sharder", "torch")), None, None
     )
-    (problem,) = rules._sharder_fits(known)
+    (problem,) = sharder_fits(known)
     assert (problem.path, problem.hint) == ("zero.sharder", 'use "own"')
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from paceline.core.config import Config
 from paceline.core.errors import Problem
 from paceline.models.families.llama import PRESETS
-from paceline.plan import check as rules
-from paceline.plan.check import RULES, Known, check, value_at
+from paceline.plan.check import RULES, check
 from paceline.plan.model_spec import MoeSpec
 from paceline.plan.plan import Plan
+from paceline.plan.rules.known import Known, value_at
 
 SPEC = replace(  # 6 query heads
     PRESETS["tiny"],
@@ -316,7 +316,7 @@ class Watched:
 def test_a_rule_reads_the_keys_that_stand_with_it(rule, monkeypatch):
     """On plans that it likes and on plans that it does not: exactly these, and no others."""
     read: set[str] = set()
-    monkeypatch.setattr(rules, "_problem", lambda _, path, *texts: Problem(path, "", *texts))
+    monkeypatch.setattr(Known, "problem", lambda _, path, *texts: Problem(path, "", *texts))
     found = 0
     for values in _plans_of(RULES[rule]):
         plan: Any = Watched(make(values), read)

@@ -8,6 +8,8 @@ BENCHMARKS = NameTable(
         "generate": "paceline.bench.generate:run",
         "train": "paceline.bench.train:run",
         "axes": "paceline.bench.axes:run",
+        "vocabulary": "paceline.bench.vocabulary:run",
+        "ladder": "paceline.bench.ladder:run",
     },
 )
 """Name to ``run(...)``, which gives an `Outcome`, or several by name, and whose keywords are the

@@ -141,31 +141,39 @@ class SlowWorld(World):
     Attributes:
         latency_s: that each sum takes beyond its own time; changed at any moment.
         num_sums: that have been begun.
+        waited_s: that this rank has been held up by latencies, its own sums' at once in full.
     """
 
     latency_s: float = 0.0
     num_sums: int = 0
+    waited_s: float = 0.0
 
     def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
         before = len(self.traffic.transfers)
         super().sum(tensor, axes, purpose=purpose)
         begun = len(self.traffic.transfers) - before
         self.num_sums += begun
-        time.sleep(begun * self.latency_s)
+        self.wait_until(time.perf_counter() + begun * self.latency_s)
         return tensor
 
     def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
         begun = super().sum_start(tensor, axes, purpose=purpose)
         self.num_sums += begun.work is not None
-        return begun if begun.work is None else _LatePending(begun.work, self.latency_s)
+        return begun if begun.work is None else _LatePending(begun.work, self)
+
+    def wait_until(self, time_s: float) -> None:
+        """Holds this rank up until a moment of `time.perf_counter`."""
+        left_s = max(0.0, time_s - time.perf_counter())
+        self.waited_s += left_s
+        time.sleep(left_s)
 
 
 class _LatePending(Pending):
     """A collective whose result is there some time after it is done, waited for or not."""
 
-    def __init__(self, work: torch.distributed.Work, latency_s: float) -> None:
+    def __init__(self, work: torch.distributed.Work, world: SlowWorld) -> None:
         super().__init__(work)
-        self._latency_s = latency_s
+        self._world, self._latency_s = world, world.latency_s
         self._done_s: float | None = None
         work.get_future().add_done_callback(self._note_end)
 
@@ -174,7 +182,7 @@ class _LatePending(Pending):
             return
         super().wait()
         done_s = time.perf_counter() if self._done_s is None else self._done_s
-        time.sleep(max(0.0, done_s + self._latency_s - time.perf_counter()))
+        self._world.wait_until(done_s + self._latency_s)
 
     def _note_end(self, _future: object) -> None:
         self._done_s = time.perf_counter()

@@ -1,7 +1,8 @@
 """The config.json of a model whose residual is a ladder.
 
-It holds the plain model's config whole, one level down, under a type that no other library knows:
-whoever would read it as the plain model finds neither its type nor its sizes.
+It holds the plain model's config one level down, under a type that no other library knows: whoever
+would read it as the plain model finds neither its type nor its sizes. The plain type stands beside
+that config and not in it, since `transformers` takes a part that has the type it looks for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 MODEL_TYPE = "paceline_ladder"
 _ARCHITECTURE = "PacelineLadderForCausalLM"
-_LAYER, _PLAIN = "ladder_from", "plain"
+_LAYER, _PLAIN, _PLAIN_TYPE = "ladder_from", "plain", "plain_type"
 _KEPT = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 """Keys that are read without the model's type."""
 
@@ -25,7 +26,8 @@ def as_ladder(config: Mapping[str, Any], first_layer: int) -> dict[str, Any]:
     """
     kept = {key: config[key] for key in _KEPT if key in config}
     marks = {"architectures": [_ARCHITECTURE], "model_type": MODEL_TYPE, _LAYER: first_layer}
-    return marks | kept | {_PLAIN: dict(config)}
+    plain = {key: value for key, value in config.items() if key != "model_type"}
+    return marks | kept | {_PLAIN_TYPE: config["model_type"], _PLAIN: plain}
 
 
 def is_ladder(config: Mapping[str, Any]) -> bool:
@@ -40,4 +42,4 @@ def plain_part(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         KeyError: one of them is not there.
         TypeError: the first is no object.
     """
-    return {**config[_PLAIN]}, config[_LAYER]
+    return {**config[_PLAIN], "model_type": config[_PLAIN_TYPE]}, config[_LAYER]

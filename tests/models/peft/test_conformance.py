@@ -24,9 +24,10 @@ from paceline.models.peft import PEFT
 from paceline.models.peft.attach import MergedWeights, attach, method_of
 from paceline.models.peft.files import open_adapter, write_adapter
 from paceline.models.weights import RandomWeights, TensorWeights, build, fill
-from paceline.plan.check import PEFT_KEYS, check
+from paceline.plan.check import check
 from paceline.plan.mesh import MeshConfig
 from paceline.plan.plan import PeftConfig, Plan, TrainConfig
+from paceline.plan.rules.training import PEFT_KEYS
 from paceline.verify.certify import BOUND, certify
 
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks]

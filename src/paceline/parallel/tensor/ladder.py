@@ -3,7 +3,9 @@
 Source: Zhang et al., Ladder-residual, arXiv:2501.06589, Sec. 3 (forward); Shoeybi et al.,
     Megatron-LM, arXiv:1909.08053, Sec. 3 (the two sums of a sublayer).
 Cost: a sublayer costs an all-reduce of the hidden states' bytes forward and one backward, as a
-    plain one does; the backward one is of the gradient before the norm, not behind it.
+    plain one does; the backward one is of the gradient before the norm, not behind it, so a step
+    sums the gradients of a ladder's norms and biases too. Where blocks are computed again, the sum
+    in a block's middle is begun once more, and nobody waits for it.
 Differs: the backward pass overlaps as well.
 
 Forward, the sum of a sublayer's output is waited for once the next sublayer has been computed.
