@@ -25,6 +25,7 @@ from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
 from paceline.optim import OPTIMIZERS
 from paceline.parallel.data import STAGES
+from paceline.parallel.expert import DISPATCHES
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.plan.plan import Plan
 from paceline.serve.schedule import POLICIES
@@ -33,13 +34,17 @@ DOCS = Path(__file__).parent
 TABLES = {
     "zero.stage": STAGES,
     "pipeline.schedule": SCHEDULES,
+    "expert.dispatch": DISPATCHES,
     "memory.remat": REMAT,
     "peft.method": PEFT,
     "optimizer.name": OPTIMIZERS,
     "serve.policy": POLICIES,
     "model_type, in a model's config.json": FAMILIES,
 }
-MODULES = {"mesh.tp": "paceline.parallel.tensor.decoder"}
+MODULES = {
+    "mesh.tp": "paceline.parallel.tensor.decoder",
+    "expert.balance_loss_weight": "paceline.models.balance",
+}
 """Plan key to the technique that it alone chooses."""
 
 
