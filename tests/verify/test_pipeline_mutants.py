@@ -228,7 +228,7 @@ def document_mask_lost_behind_the_first_stage(patch: Patch, _rank: int) -> None:
 
 
 def _cut_at(patch: Patch, *layers: range) -> None:
-    patch.setattr(stages_module, "stage_layers", lambda *_arguments: layers)
+    patch.setattr(stages_module, "stage_layers", lambda *_arguments, **_options: layers)
 
 
 @mutant(TWO)

@@ -165,6 +165,7 @@ def _spread() -> list[Plan]:
         ]
     plans += [_plan(pp=2, dp_replicate=2, schedule="v-half", barriers=n) for n in _BARRIERS]
     plans += [_plan(pp=2, remat="full", schedule=s, barriers=1) for s in _TWO_SCHEDULES]
+    plans += [_plan(pp=2, cp=2, schedule="one-f-one-b", barriers=n) for n in _BARRIERS]
     return plans
 
 

@@ -6,7 +6,8 @@ Cost: memory a rank: P whole parameters, gradients and optimizer state / dp_shar
     gradients of one bucket. Every micro-batch reduce-scatters P_g x reduce bytes of gradients; a
     step all-gathers P_g x params bytes of parameters, and with dp_replicate > 1 all-reduces
     P_g / dp_shard x reduce bytes of gradients. P_g: trained parameters, each tensor's rows padded
-    to a multiple of dp_shard.
+    to a multiple of dp_shard; a tied matrix of words that are spread over a pipeline counts twice
+    in every micro-batch.
 Differs: as stage 1 in what a part is; buckets end where units end, and those of replicas are
     summed once a step and not in every micro-batch.
 """

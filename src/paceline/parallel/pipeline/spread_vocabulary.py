@@ -10,7 +10,8 @@ Cost: each rank has vocab_size / pp rows of embedding and head, which are one ma
     barrier, and the exponentials of at most two micro-batches' logits of a rank's words.
 Differs: rows of the embedding come from whom has them, and none is summed; what is sent goes from
     rank to rank, not by collectives; with one barrier the labels' rows of the head go beside a
-    term, since it is the last stage that scales it, and not its sender.
+    term, since it is the last stage that scales it, and not its sender. A tied matrix's two
+    gradients are added up in the order of the schedule, so its last bits differ between schedules.
 
 Traffic of a micro-batch with N tokens, C of which have a label, on p ranks; W is the bytes of one
 number in the dtype of compute, S in that of the softmax, D the model's width. A rank that has n of
