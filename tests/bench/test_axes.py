@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paceline.bench import axes
+from paceline.bench import axes, context, ladder, vocabulary
 from paceline.bench.axes import AXES, Axis, _Measured, _plan, _require_same, run
 from paceline.bench.plain import require_plain
 from paceline.cli.main import main
@@ -28,13 +28,17 @@ def inside(monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
 
 def test_every_axis_is_measured_and_both_sides_agree(monkeypatch, capsys):
     """The first two losses of each axis are those of the peer, or it is an error."""
-    monkeypatch.setattr(axes, "LENGTH", 16)
+    for module in (axes, context, ladder, vocabulary):
+        monkeypatch.setattr(module, "LENGTH", 16)
+    monkeypatch.setattr(ladder, "LATENCY_S", 1e-3)
     model = ("--model", "random:llama:tiny", "--layers", "2")
     code, out, _ = inside(monkeypatch, capsys, "axes", *model, "--json")
     assert code == 0
     found = json.loads(out)
-    assert list(found) == ["dp_replicate", "dp_shard", "tp", "pp"]
-    for name, outcome in found.items():
+    own = ["cp", "vocabulary, speed", "vocabulary, memory"]
+    ladders = [f"ladder, {kind}" for kind in ladder.PASSES]
+    assert list(found) == [*AXES, *own, *ladders]
+    for name, outcome in ((name, found[name]) for name in AXES):
         assert outcome["name"].startswith(f"{name} 2, random:llama:tiny of 2 layers, ")
         assert outcome["against"].startswith("torch ")
         assert outcome["ratios"]["pairs"] == 7

@@ -327,3 +327,31 @@ def test_spread_words_send_what_the_formula_says(p, is_tied, barriers):
     for rank, found in enumerate(traffic_of(plan, spec)):
         stages = pipeline_traffic(plan, rank, border_bytes=border_bytes, tied_bytes=0)
         assert found == stages + spread_traffic(spec, rank, p, barriers)
+
+
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_data_ranks_gather_words_as_the_formula_says(barriers):
+    """Of `paceline.parallel.data.parameter_sharded`: embedding once, head once a barrier."""
+    options = {"vocabulary": "spread", "vocabulary_barriers": barriers}
+    plan = Plan(
+        mesh=MeshConfig(pp=2, dp_shard=2),
+        zero=ZeroConfig(stage=3),
+        pipeline=PipelineConfig.from_dict(options),
+    )
+    shapes = {name: tuple(p.shape) for name, p in build(SPEC).named_parameters()}
+
+    def padded_bytes(shape: Sequence[int]) -> int:
+        return 2 * -(-shape[0] // 2) * math.prod(shape[1:]) * PARAMETER
+
+    for rank, found in enumerate(traffic_of(plan)):
+        stage = rank // 2
+        words = len(even_share(SPEC.vocab_size, 2, stage))
+        word_bytes = padded_bytes((words, SPEC.d_model))
+        layers = range(2 * stage, 2 * stage + 2)
+        own = [name for name in shapes if name.startswith(tuple(f"blocks.{n}." for n in layers))]
+        stage_bytes = sum(padded_bytes(shapes[name]) for name in own)
+        stage_bytes += padded_bytes(shapes["norm.weight"]) * stage
+        gathered = found["all-gather", ("dp_shard",), "parameters"]
+        assert gathered == M * (2 * stage_bytes + (1 + barriers) * word_bytes)
+        reduced = found["reduce-scatter", ("dp_shard",), "gradients"]
+        assert reduced == M * (stage_bytes + 2 * word_bytes)

@@ -185,3 +185,25 @@ def test_what_is_proved_on_whole_blocks_alone_is_refused_where_they_are_split(
     assert [p[:2] for p in found] == [(path, f"has not been proved with {way}") for way in ways]
     assert all(hint.endswith(out) for _, _, hint in found)
     assert problems(plan(pp, schedule, **sizes)) == []
+
+
+def test_words_are_spread_over_several_ranks_without_tensor_ranks():
+    spread = {"pipeline__vocabulary": "spread"}
+    assert problems(plan(2, **spread)) == []
+    ((path, rule, hint),) = problems(plan(1, **spread))
+    assert (path, rule) == (
+        "pipeline.vocabulary",
+        "spreads words over mesh.pp ranks, of which there is one",
+    )
+    assert hint == 'set mesh.pp = 2 or more, or use "edges"'
+    ((path, rule, _),) = problems(plan(2, mesh__tp=2, **spread))
+    assert (path, rule) == (
+        "pipeline.vocabulary",
+        "has not been proved with mesh.tp > 1, which splits words too",
+    )
+    ((path, rule, hint),) = problems(plan(3, **spread), replace(SPEC, vocab_size=2))
+    assert (path, rule) == ("mesh.pp", "exceeds the model's 2 words, which are spread")
+    assert hint == "use at most 2"
+    ((path, rule, _),) = problems(plan(2, pipeline__vocabulary_barriers=2))
+    assert path == "pipeline.vocabulary_barriers"
+    assert rule == "is for words that are spread, and they are on the edge stages"

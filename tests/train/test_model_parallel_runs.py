@@ -35,6 +35,10 @@ LAYOUTS = {
     "tp 4": (MeshConfig(tp=4), PipelineConfig()),
     "pp 2": (MeshConfig(pp=2), PipelineConfig()),
     "pp 2, zero-bubble": (MeshConfig(pp=2), PipelineConfig(schedule="zero-bubble")),
+    "pp 2, words spread": (
+        MeshConfig(pp=2),
+        PipelineConfig(schedule="zero-bubble", vocabulary="spread"),
+    ),
     "pp 2 x tp 2 x dp_replicate 2": (
         MeshConfig(pp=2, tp=2, dp_replicate=2),
         PipelineConfig(schedule="one-f-one-b"),

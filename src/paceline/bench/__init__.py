@@ -8,6 +8,7 @@ BENCHMARKS = NameTable(
         "generate": "paceline.bench.generate:run",
         "train": "paceline.bench.train:run",
         "axes": "paceline.bench.axes:run",
+        "vocabulary": "paceline.bench.vocabulary:run",
         "ladder": "paceline.bench.ladder:run",
     },
 )

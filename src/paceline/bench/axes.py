@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from paceline.bench import layouts
+from paceline.bench import context, ladder, layouts, vocabulary
 from paceline.bench.layouts import Step
 from paceline.bench.outcome import MIN_PAIRS, Outcome, interleave, outcome
 from paceline.bench.plain import require_plain
@@ -86,10 +86,11 @@ def run(
     layers: int = NUM_LAYERS,
     pairs: int = MIN_PAIRS,
 ) -> dict[str, Outcome]:
-    """Tokens per second of both sides, axis by axis.
+    """Tokens per second of both sides, axis by axis; then what has no peer in torch, beside our own
+    plainer way (`paceline.bench.context`, `paceline.bench.vocabulary`, `paceline.bench.ladder`).
 
     Args:
-        against: the peer; there is one.
+        against: the peer of the first four axes; there is one.
         model: whose sizes are taken; weights are random.
         layers: blocks of it that are there.
         pairs: of steps.
@@ -105,7 +106,15 @@ def run(
     require_plain(spec)
     spec = replace(spec, num_layers=min(layers, spec.num_layers))
     weights = SharedWeights(spec)
-    return {name: _measure(name, model, spec, weights, pairs) for name in AXES}
+    found = {name: _measure(name, model, spec, weights, pairs) for name in AXES}
+    found["cp"] = context.measure(pairs, length=context.LENGTH)
+    words = vocabulary.run(model=model, layers=layers, pairs=pairs)
+    sums = ladder.run(model=model, layers=layers, pairs=pairs)
+    return found | _under("vocabulary", words) | _under("ladder", sums)
+
+
+def _under(name: str, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    return {f"{name}, {part}": outcome for part, outcome in outcomes.items()}
 
 
 def _measure(name: str, model: str, spec: ModelSpec, weights: SharedWeights, pairs: int) -> Outcome:

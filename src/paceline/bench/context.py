@@ -113,7 +113,8 @@ def _step(plan: Plan, world: World, length: int) -> Step:
         layout = Layout.of_documents(part.documents_BT, part.places_T)
         out_BTNH = shared.attend(*leaves, layout=layout, site=site)
         gradients = torch.autograd.grad(out_BTNH, leaves, grad_BTNH)
-        return sum(float(g.abs().sum(dtype=torch.float64)) for g in (out_BTNH, *gradients))
+        found = out_BTNH.detach(), *gradients
+        return sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in found)
 
     return step
 

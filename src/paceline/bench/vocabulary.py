@@ -28,7 +28,7 @@ import torch
 import torch.distributed
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from paceline.bench.outcome import MIN_PAIRS, Outcome, interleave, outcome
+from paceline.bench.outcome import MIN_PAIRS, Outcome, Ratio, interleave, outcome
 from paceline.bench.ranks import SharedWeights, our_step, random_batches, timed
 from paceline.core.errors import PacelineError
 from paceline.dist.testing import run_ranks
@@ -83,6 +83,38 @@ class Memory:
     def edges_imbalance(self) -> float:
         """By how much the largest rank exceeds the smallest, words on edge stages."""
         return max(self.edges_bytes) / min(self.edges_bytes) - 1
+
+
+def run(
+    *, model: str = "random:llama:135m", layers: int = NUM_LAYERS, pairs: int = MIN_PAIRS
+) -> dict[str, Outcome]:
+    """Speed under one-f-one-b, and how even peak memory is under v-half.
+
+    Args:
+        model: whose sizes are taken; weights are random.
+        layers: blocks of it that are there; a multiple of the stages for even memory.
+        pairs: of steps.
+    """
+    speed = measure(model=model, layers=layers, pairs=pairs)
+    even = layers // (2 * NUM_RANKS) * 2 * NUM_RANKS or 2 * NUM_RANKS
+    return {"speed": speed, "memory": _evenness(memory(model=model, layers=even), model, even)}
+
+
+def _evenness(found: Memory, model: str, layers: int) -> Outcome:
+    """The largest rank's peak memory over the smallest's, of both sides."""
+    ours, peer = 1 + found.spread_imbalance, 1 + found.edges_imbalance
+    return Outcome(
+        name=f"peak memory, vocabulary spread, {found.schedule}, {model} of {layers} layers",
+        unit="largest rank / smallest",
+        ours=ours,
+        peer=peer,
+        against="vocabulary on edge stages, the same layers on both ranks",
+        limit=1.0,
+        limited_by="all ranks alike",
+        fraction=1 / ours,
+        ratios=Ratio(*[peer / ours] * 3, pairs=1),
+        device="counted bytes",
+    )
 
 
 def measure(

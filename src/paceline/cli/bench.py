@@ -51,10 +51,10 @@ def _text(outcome: Outcome) -> str:
     ratios = outcome.ratios
     return (
         f"{outcome.name}, {outcome.device}\n"
-        f"  ours    {outcome.ours:.1f} {outcome.unit}\n"
-        f"  peer    {outcome.peer:.1f} {outcome.unit}  ({outcome.against})\n"
+        f"  ours    {outcome.ours:.4g} {outcome.unit}\n"
+        f"  peer    {outcome.peer:.4g} {outcome.unit}  ({outcome.against})\n"
         f"  ratio   {ratios.median:.2f}, from {ratios.lowest:.2f} to {ratios.highest:.2f} "
         f"in {ratios.pairs} pairs\n"
-        f"  limit   {outcome.limit:.1f} {outcome.unit}  ({outcome.limited_by}); "
+        f"  limit   {outcome.limit:.4g} {outcome.unit}  ({outcome.limited_by}); "
         f"reached {outcome.fraction:.0%}"
     )

@@ -30,6 +30,7 @@ from paceline.parallel.expert.experts import SHARING, SplitExperts, split_expert
 from paceline.parallel.expert.load import ExpertLoad, watch_experts
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
+from paceline.parallel.pipeline.partition import word_costs
 from paceline.parallel.pipeline.passes import EMBEDDING, Passes
 from paceline.parallel.pipeline.stages import border_of, cut_of, defer, keep_stages, stage_models
 from paceline.parallel.pipeline.words import Shares, Spread, spread_words
@@ -155,9 +156,7 @@ def apply(
         border=partial(border_of, model, plan),
         world=world,
         deferred=deferred,
-        spread=Spread(model, shares, plan.pipeline.vocabulary_barriers, data.run_words)
-        if shares
-        else None,
+        spread=_spread(model, spec, plan, shares, data) if shares else None,
         run_stage=data.run_stage,
         on_ready=data.on_ready,
         finished=partial(data.finish_pass, model),
@@ -165,6 +164,20 @@ def apply(
     )
     parts = data.hold(model, places)
     return ParallelModel(model, passes, data, parts, tensor, context, experts, load, attached.added)
+
+
+def _spread(
+    model: Decoder, spec: ModelSpec, plan: Plan, shares: Shares, data: DataParallel
+) -> Spread:
+    """How the words of the model are spread over the pipeline."""
+    degree = plan.mesh.pp
+    costs = word_costs(
+        spec,
+        plan.train.sequence_length,
+        num_stages=degree * plan.pipeline.stages_per_rank,
+        num_ranks=degree,
+    )
+    return Spread(model, shares, plan.pipeline.vocabulary_barriers, costs, data.run_words)
 
 
 def _split(

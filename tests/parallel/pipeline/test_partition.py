@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.models.families.llama import PRESETS
-from paceline.parallel.pipeline.partition import even_cuts, layer_flops, stage_layers
+from paceline.parallel.pipeline.partition import (
+    even_cuts,
+    layer_flops,
+    stage_layers,
+    word_costs,
+)
 from paceline.plan.model_spec import MoeSpec
 
 
@@ -67,3 +72,18 @@ def test_windows_and_experts_count():
 def test_layers_and_head_are_the_whole_model(name, length):
     spec = PRESETS[name]
     assert sum(layer_flops(spec, length)) == pytest.approx(spec.forward_flops_per_token(length))
+
+
+def test_a_head_that_is_spread_weighs_on_no_stage():
+    spec = PRESETS["8b"]
+    assert len(set(layer_flops(spec, 4096, has_head=False))) == 1
+    layers = stage_layers(spec, 4, 4096, has_head=False)
+    assert [len(of_stage) for of_stage in layers] == [8, 8, 8, 8]
+
+
+def test_words_cost_their_share_of_the_head():
+    spec = PRESETS["8b"]
+    costs = word_costs(spec, 4096, num_stages=4, num_ranks=4)
+    stage_flops = sum(layer_flops(spec, 4096, has_head=False)) / 4
+    assert costs.score * stage_flops * 4 == pytest.approx(spec.head_flops_per_token)
+    assert costs.forward == 1.0

@@ -73,9 +73,9 @@ class TokenRingCore(Core):
         coming: PendingTensor | None = None
         for step in range(ring.size):
             passed = self._pass_on(guest, step, GUESTS)
-            queries_3BTNH, lse_BNT = guest
+            (visitor_BTNH, grad_BTNH, out_BTNH), lse_BNT = guest
             grad_q_BTNH = zeros_for(q_BTNH) if step else own_BTNH
-            Queries(*queries_3BTNH, lse_BNT).meet(
+            Queries(visitor_BTNH, grad_BTNH, out_BTNH, lse_BNT).meet(
                 kv_2BSKH,
                 work.blocks.between(ring.part(-step), ring.index),
                 work.scale,

@@ -76,11 +76,12 @@ class DataParallel(ABC):
         """
         return run()
 
-    def run_words(self, run: Callable[[], None]) -> None:
-        """Runs a pass of a vocabulary that is in no stage, which reads its weights.
+    def run_words(self, run: Callable[[], None], weight: nn.Parameter) -> None:  # noqa: ARG002
+        """Runs a pass of a vocabulary that is in no stage.
 
         Args:
-            run: the pass; it keeps nothing of them.
+            run: the pass.
+            weight: the one matrix whose values it reads, and does not keep.
         """
         run()
 

@@ -7,7 +7,9 @@ Cost: memory a rank: state / dp_shard; besides it, while a pass runs, the whole 
     micro-batch all-gathers P x params bytes before forward passes and as many before backward
     passes, less an untied embedding's, unit by unit, and reduce-scatters P_g x reduce bytes of
     gradients; with dp_replicate > 1 a step all-reduces P_g / dp_shard x reduce bytes of gradients.
-    P: parameters, P_g: trained ones, each tensor's rows padded to a multiple of dp_shard.
+    P: parameters, P_g: trained ones, each tensor's rows padded to a multiple of dp_shard. Of words
+    that are spread over a pipeline, a micro-batch gathers the embedding once and the head once for
+    each barrier, and reduces a tied matrix's gradient twice.
 Differs: parameters are gathered in their own dtype, not in that of compute. Where the two differ,
     the copy that `weight.to(dtype)` makes is autograd's, which keeps it from the forward pass to
     the backward one, unless the product casts again by itself, as deferred ones do. Gradients of
@@ -79,12 +81,11 @@ class ParameterSharded(DataParallel):
     def run_stage(self, run: Callable[[], Tensor], is_first: bool) -> Tensor:
         return self._watch.around(run, is_first=is_first)
 
-    def run_words(self, run: Callable[[], None]) -> None:
-        units = [unit for unit in self._units if unit.name == WORDS]
-        for unit in units:
-            self._gather(unit, unit.parameters)
+    def run_words(self, run: Callable[[], None], weight: nn.Parameter) -> None:
+        unit = next(unit for unit in self._units if unit.name == WORDS)
+        self._gather(unit, (weight,))
         run()
-        self._free(units)
+        self._free([unit])
 
     def before_forward(self, unit: Unit) -> None:
         self._gather(unit, unit.parameters)

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+from paceline.parallel.pipeline.base import Costs
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -44,6 +45,12 @@ def layer_flops(spec: ModelSpec, sequence_length: int, *, has_head: bool = True)
     if has_head:
         flops[-1] += spec.head_flops_per_token
     return flops
+
+
+def word_costs(spec: ModelSpec, sequence_length: int, *, num_stages: int, num_ranks: int) -> Costs:
+    """What passes take where words are spread over the ranks, a stage's forward pass being 1."""
+    stage_flops = sum(layer_flops(spec, sequence_length, has_head=False)) / num_stages
+    return Costs(score=spec.head_flops_per_token / num_ranks / stage_flops)
 
 
 def even_cuts(costs: Sequence[float], num_parts: int) -> tuple[int, ...]:

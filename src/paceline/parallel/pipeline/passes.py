@@ -183,7 +183,7 @@ class Passes:
             rank = self._world.coordinate("pp")
             actions = (self._waves if is_evaluation else self._actions)(num_microbatches)
             if self._spread:
-                actions = spread_vocabulary(actions, self._spread.num_barriers)
+                actions = spread_vocabulary(actions, self._spread.num_barriers, self._spread.costs)
             self._runtimes[key] = Runtime(
                 add_transfers(actions)[rank],
                 self._cut.ranks,

@@ -66,7 +66,8 @@ class SpreadEmbedding:
         }
 
     def _embed(self, action: Action) -> None:
-        self._words.run(lambda: self._look_up(action.microbatch))
+        weight_VD = self._words.model.embedding.weight
+        self._words.run(lambda: self._look_up(action.microbatch), weight_VD)
 
     def _look_up(self, microbatch: int) -> None:
         embedder = _Embedder(self._words.model, self._shares)

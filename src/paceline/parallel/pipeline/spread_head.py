@@ -185,14 +185,14 @@ class SpreadHead:
     # S
 
     def _score(self, action: Action) -> None:
-        self._words.run(lambda: self._make_scores(action.microbatch))
+        self._words.run(lambda: self._make_scores(action.microbatch), self._weight)
 
     def _score_input(self, action: Action) -> None:
         def run() -> None:
             self._make_scores(action.microbatch)
             self._make_local_term(self._scored[action.microbatch])
 
-        self._words.run(run)
+        self._words.run(run, self._weight)
 
     def _make_scores(self, microbatch: int) -> None:
         is_traced = self._is_last and torch.is_grad_enabled()
@@ -268,7 +268,7 @@ class SpreadHead:
         def run() -> None:
             scored.terms[self._shares.rank] = grad_CV @ self._weight.to(grad_CV.dtype)
 
-        self._words.run(run)
+        self._words.run(run, self._weight)
         self._add_to_weight(grad_CV, scored)
         if self._is_last:  # others send the term first
             self._release(action.microbatch)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.models.decoder import Decoder
 from paceline.models.vocabulary import WholeVocabulary
-from paceline.parallel.pipeline.base import Action, Kind, Line
+from paceline.parallel.pipeline.base import Action, Costs, Kind, Line
 from paceline.parallel.pipeline.runtime import Border
 from paceline.plan.layout import Box, Place
 from paceline.plan.tensor_rules import even_share
@@ -96,13 +96,15 @@ class Spread:
         model: this rank's part of the decoder.
         shares: the words of each rank.
         num_barriers: how often a micro-batch waits for all ranks.
-        run: runs a pass that reads the values of words.
+        costs: of the passes of a stage, and of a rank's words.
+        run: runs a pass that reads the values of a matrix of words.
     """
 
     model: Decoder
     shares: Shares
     num_barriers: int
-    run: Callable[[Callable[[], None]], None]
+    costs: Costs
+    run: Callable[[Callable[[], None], nn.Parameter], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class Words:
         peers: the other ranks, for `PURPOSES`.
         border: shape and dtype of hidden states.
         call: calls the objective with a model and a micro-batch.
-        run: runs a pass that reads the values of words.
+        run: runs a pass that reads the values of a matrix of words.
         on_ready: is told of each matrix whose gradient a pass has added to.
         finished: is called after each pass that may have.
     """
@@ -127,7 +129,7 @@ class Words:
     peers: PointToPoint
     border: Callable[[], Border]
     call: Callable[[Any, int], Tensor]
-    run: Callable[[Callable[[], None]], None]
+    run: Callable[[Callable[[], None], nn.Parameter], None]
     on_ready: Callable[[Tensor], None]
     finished: Callable[[Action], None]
 
