@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from paceline.parallel.apply import is_compiled
 from paceline.plan.plan import Plan
 from paceline.verify.certify import certify
+from paceline.verify.tiny import tiny_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -29,6 +32,8 @@ def test_where_blocks_are_compiled():
 @pytest.mark.cpu
 @pytest.mark.slow  # compiling takes a minute
 @pytest.mark.filterwarnings("ignore")  # the compiler has many of its own
-def test_compiled_blocks_are_certified():
-    certificate = certify(plan_with("train.compile=on"))
+@pytest.mark.parametrize("ladder_from", [None, 1], ids=["plain", "ladder"])
+def test_compiled_blocks_are_certified(ladder_from):
+    plan = plan_with("train.compile=on")
+    certificate = certify(plan, replace(tiny_spec(plan), ladder_from=ladder_from))
     assert certificate.certified, certificate.worst

@@ -148,6 +148,7 @@ class Decoder(nn.Module):
         angles = self._angles(layout, x_BTD.dtype)
         for layer in layers:
             turned = angles[self.spec.window_of(layer) is not None]
+            # Between blocks of a ladder it is a `paceline.models.ladder.Stream`.
             x_BTD = self.around_block(self.blocks[layer], x_BTD, layout, turned, attend)
         return x_BTD
 
