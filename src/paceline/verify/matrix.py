@@ -40,8 +40,8 @@ class Entry(NamedTuple):
 
 
 def layouts() -> dict[str, Entry]:
-    """Name to plan and model: each axis alone, axes together, rematerialisation; then what spreads
-    words, shares sequences shares out experts, and ladders.
+    """Name to plan and model: each axis alone, axes together, rematerialisation; then spread words,
+    shared sequences, experts and ladders, and these together.
     """
     plans = [*_tensor(), *_data(), *_pipeline(), *_together(), *_remat(), *_spread(), *_context()]
     found = {name_of(plan): Entry(plan, tiny_spec(plan)) for plan in plans}
@@ -244,6 +244,10 @@ def _experts() -> list[tuple[str, Plan]]:
     for remat in _REMATS[1:]:
         plans.append(("pangu-moe", _balanced(ep=2, dp_shard=2, remat=remat)))
         plans.append(("qwen2-moe", _balanced(ep=2, tp=2, dp_shard=2, remat=remat)))
+    plans += [(name, _balanced(cp=2)) for name in _SPARSE]
+    plans += [("mixtral", _balanced(ep=2, cp=2)), ("qwen2-moe", _balanced(ep=4, cp=2, tp=2))]
+    plans.append(("pangu-moe", _balanced(ep=4, cp=2, dp_shard=2, method="ring", stage=2)))
+    plans.append(("mixtral", _balanced(pp=2, ep=2, dp_shard=2, barriers=1)))
     return plans
 
 
@@ -266,7 +270,8 @@ def _ladder() -> dict[str, Entry]:
     """Models whose residual is a ladder, whole and from the second layer on."""
     plans = [_plan(tp=tp, is_sequence_parallel=False) for tp in (2, 3)]
     plans += [_plan(dp_shard=2, stage=stage) for stage in _STAGES]
-    plans += [_plan(dp_shard=2, stage=3, sharder="own")]
+    plans += [_plan(dp_shard=2, stage=3, sharder="own"), _plan(cp=2)]
+    plans += [_plan(cp=2, tp=2, is_sequence_parallel=False, method="ulysses")]
     for remat in _REMATS[1:]:
         plans += [
             _plan(remat=remat, tp=2, is_sequence_parallel=False),
