@@ -42,7 +42,8 @@ def test_decisions_have_no_torch_clock_or_dice():
     words = {"words.py", "spread_embedding.py", "spread_head.py", "spread_vocabulary.py"}
     runners = {"passes.py", "runtime.py", "stages.py"} | words
     pipeline = [path for path in files("parallel/pipeline") if path.name not in runners]
-    for path in [*files("serve/schedule"), *pipeline]:
+    placement = [path for path in files("parallel/context") if path.name == "placement.py"]
+    for path in [*files("serve/schedule"), *pipeline, *placement]:
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert roots.isdisjoint({"torch", "time", "random", "numpy", "datetime"}), path
 
