@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paceline.dist.p2p import PendingTensor
 from paceline.models.decoder import Decoder
@@ -67,6 +67,7 @@ class SpreadEmbedding:
 
     def _embed(self, action: Action) -> None:
         weight_VD = self._words.model.embedding.weight
+        assert isinstance(weight_VD, nn.Parameter)
         self._words.run(lambda: self._look_up(action.microbatch), weight_VD)
 
     def _look_up(self, microbatch: int) -> None:
