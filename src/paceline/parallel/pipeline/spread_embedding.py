@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paceline.dist.p2p import PendingTensor
 from paceline.models.decoder import Decoder
@@ -66,8 +66,9 @@ class SpreadEmbedding:
         }
 
     def _embed(self, action: Action) -> None:
-        matrix = self._words.model.get_parameter("embedding.weight")
-        self._words.run(lambda: self._look_up(action.microbatch), matrix)
+        weight_VD = self._words.model.embedding.weight
+        assert isinstance(weight_VD, nn.Parameter)
+        self._words.run(lambda: self._look_up(action.microbatch), weight_VD)
 
     def _look_up(self, microbatch: int) -> None:
         embedder = _Embedder(self._words.model, self._shares)
