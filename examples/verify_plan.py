@@ -50,12 +50,13 @@ def main() -> None:
             print(f"{what}, {name}: gradients within {certificate.max_rel_grad_error:.1e}")
             assert certificate.certified, certificate.worst
 
+    unproved = pl.Plan.from_dict({"mesh": {"tp": 2}, "train": {"compile": "on"}})
     try:
-        pl.verify("random:llama:tiny", pl.Plan(mesh=pl.MeshConfig(cp=2)))
+        pl.verify("random:llama:tiny", unproved)
     except pl.ConfigError as error:
         print(f"and what nobody has proved is refused: {error}")
     else:
-        raise AssertionError("a plan that is not built has passed")
+        raise AssertionError("a plan that is not proved has passed")
 
 
 if __name__ == "__main__":

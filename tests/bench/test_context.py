@@ -30,9 +30,3 @@ def test_sides_that_do_other_work_are_an_error(monkeypatch):
     monkeypatch.setattr(context, "_step", step)
     with pytest.raises(PacelineError, match="not the same work"):
         context.measure(1, length=32)
-
-
-@pytest.mark.slow
-def test_a_zigzag_is_faster_over_8192_tokens():
-    """Work is 1 to 1.5 on the rank that has more; all but the rest of it is gained."""
-    assert context.measure().ratios.median >= 1.3

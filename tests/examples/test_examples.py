@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "resume.py": ((), (), "gave the same losses both times"),
     "parallel_hf_model.py": (TORCHRUN, (), "rank 1 holds"),
     "split_hf_model.py": (TORCHRUN, (), "saved as one model, and read by one process"),
-    "verify_plan.py": ((), (), "mesh.cp = 2: is not built"),
+    "verify_plan.py": ((), (), 'train.compile = "on": has not been proved with mesh.tp > 1'),
     "serve_and_ask.py": ((), (), "is served at http://127.0.0.1"),
 }
 """Example to what starts it, its arguments, and a part of what it prints."""
