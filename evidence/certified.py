@@ -1,4 +1,4 @@
-"""Proof: every layout of the matrix and 400 random plans compute what one process does.
+"""Proof: every layout of the matrix and 200 random plans compute what one process does.
 
 Each layout and each plan leaves a record; started again, the proof goes on where it was. The page
 docs/certified.md is written from the records.
@@ -25,7 +25,7 @@ from paceline.verify.fuzz import trial
 from paceline.verify.matrix import layouts
 
 ROOT = Path(__file__).parent.parent
-NUM_PLANS = 400
+NUM_PLANS = 200
 SEED = 0
 MAX_REFUSED = 0.2
 
