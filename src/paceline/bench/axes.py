@@ -172,7 +172,8 @@ def _work(
     ours = our_step(spec, weights, plan, world, batches)
     peer = _peer(name, plan, spec)(spec, weights.values, batches, world, plan.optimizer)
     losses = [(ours(), peer()) for _ in range(_COMPARED_STEPS)]
-    rates = interleave(timed(ours, plan), timed(peer, plan), pairs)
+    tokens = plan.train.tokens_per_step
+    rates = interleave(timed(ours, tokens), timed(peer, tokens), pairs)
     torch.distributed.barrier()
     return _Measured(*rates, losses, measure_peak_flops(world.device, torch.float32))
 

@@ -13,8 +13,6 @@ needs a fifth, since it keeps no scores.)
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +21,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from paceline.bench.layouts import Step
 from paceline.bench.outcome import MIN_PAIRS, Outcome, interleave, outcome
+from paceline.bench.ranks import timed
 from paceline.core.errors import PacelineError
 from paceline.data.batch import Batch
 from paceline.dist.testing import run_ranks
@@ -42,9 +42,6 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 3, 1, 64
 _PRODUCTS = 2 + 4
 _ERROR = 1e-4
 _TIMEOUT_S = 600.0
-
-Step = Callable[[], float]
-"""Takes both passes and returns the sum of sizes of the output and gradients of this rank."""
 
 
 class _Measured(NamedTuple):
@@ -94,13 +91,13 @@ def _work(mesh: MeshConfig, pairs: int, length: int, rank: int) -> _Measured:
     zigzag, ring = ContextConfig(method="zigzag-ring"), ContextConfig(method="ring")
     ours, peer = (_step(Plan(mesh=mesh, context=c), world, length) for c in (zigzag, ring))
     sums = ours(), peer()
-    rates = interleave(_timed(ours, length), _timed(peer, length), pairs)
+    rates = interleave(timed(ours, length), timed(peer, length), pairs)
     torch.distributed.barrier()
     return _Measured(*rates, sums, measure_peak_flops(world.device, torch.float32))
 
 
 def _step(plan: Plan, world: World, length: int) -> Step:
-    """Both passes of this rank's places of one row."""
+    """Both passes of this rank's places of one row; gives the sum of sizes of what they make."""
     shared = SharedSequences(plan, world)
     row_1T = torch.zeros(1, length, dtype=torch.int64)
     part = shared.share(Batch(row_1T, row_1T, row_1T))
@@ -124,16 +121,3 @@ def _tensors(length: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     counts = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS
     return [torch.randn(1, length, count, HEAD_DIM, generator=generator) for count in counts]
-
-
-def _timed(step: Step, length: int) -> Callable[[], float]:
-    """The rate of passes that all ranks begin together, until the last of them has done them."""
-
-    def rate() -> float:
-        torch.distributed.barrier()
-        start_s = time.perf_counter()
-        step()
-        torch.distributed.barrier()
-        return length / (time.perf_counter() - start_s)
-
-    return rate

@@ -227,7 +227,8 @@ def _rates(
         for plan in plans
     )
     losses = [(spread(), edges()) for _ in range(_COMPARED_STEPS)]
-    rates = interleave(timed(spread, plans[0]), timed(edges, plans[1]), pairs)
+    tokens = plans[0].train.tokens_per_step  # and of the other
+    rates = interleave(timed(spread, tokens), timed(edges, tokens), pairs)
     torch.distributed.barrier()
     return _Rates(*rates, losses, measure_peak_flops(torch.device("cpu"), torch.float32))
 

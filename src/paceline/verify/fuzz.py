@@ -36,6 +36,7 @@ from paceline.plan.plan import (
     TrainConfig,
     ZeroConfig,
 )
+from paceline.plan.rules.known import divisors
 from paceline.verify.certify import certify
 from paceline.verify.matrix import name_of
 from paceline.verify.tiny import fitted
@@ -219,9 +220,8 @@ def _mesh(dice: _Dice, spec: ModelSpec) -> tuple[MeshConfig, TensorConfig]:
     mesh = MeshConfig(**dict(zip(AXES, dice.pick("mesh", shapes), strict=True)))
     splits_tokens = mesh.tp == 1 or dice.pick("sequence parallel", [True, False])
     if spec.moe is not None and splits_tokens:
-        count = mesh.dp_shard * mesh.cp * mesh.tp
-        divisors = [n for n in range(1, count + 1) if count % n == 0]
-        mesh = replace(mesh, ep=dice.pick("experts", divisors))
+        degrees_of_experts = divisors(mesh.dp_shard * mesh.cp * mesh.tp)
+        mesh = replace(mesh, ep=dice.pick("experts", degrees_of_experts))
     return mesh, TensorConfig(sequence_parallel=splits_tokens)
 
 
@@ -252,7 +252,7 @@ def _context(dice: _Dice, mesh: MeshConfig) -> ContextConfig:
     method: Any = dice.pick("context", list(METHODS))
     if method != "ulysses-ring":
         return ContextConfig(method=method)
-    degrees = [None, *(n for n in range(1, mesh.cp + 1) if mesh.cp % n == 0)]
+    degrees = [None, *divisors(mesh.cp)]
     return ContextConfig(method=method, ulysses_degree=dice.pick("ulysses", degrees))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paceline.dist.p2p import PendingTensor, PointToPoint
 from paceline.models.decoder import Decoder
 from paceline.models.vocabulary import WholeVocabulary
+from paceline.parallel.cut import cut_parameter
 from paceline.parallel.pipeline.base import Action, Costs, Kind, Line
 from paceline.parallel.pipeline.runtime import Border
 from paceline.plan.layout import Box, Place
@@ -82,9 +83,7 @@ def spread_words(model: Decoder, shares: Shares) -> dict[str, Place]:
             shape = tuple(parameter.shape)
             box = Box.of_whole(shape).narrowed(0, shares.own)
             places[name] = Place(shape, box, box)
-            rows = torch.empty(box.sizes, dtype=parameter.dtype, device=parameter.device)
-            rows = nn.Parameter(rows, requires_grad=parameter.requires_grad)
-            model.get_submodule(name.partition(".")[0]).weight = rows
+            cut_parameter(model, name, places[name])
     return places
 
 
