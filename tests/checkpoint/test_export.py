@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paceline.checkpoint import store
 from paceline.checkpoint.export import export
+from paceline.checkpoint.save import save as save_checkpoint
 from paceline.core.errors import DataError, UsageError
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
@@ -32,7 +32,7 @@ def saved(model: str, folder: Path, plan: Plan | None = None, rank: int = 0) -> 
     world = World(plan.mesh, rank, torch.device("cpu"))
     parallel = apply(source.spec, source.weights, plan, world)
     state = State(parallel, OPTIMIZERS.load("adamw")(parallel.parameters(), plan.optimizer))
-    return store.save(folder, 1, state.parts(), plan, source.spec, world)
+    return save_checkpoint(folder, 1, state.parts(), plan, source.spec, world)
 
 
 def exported(model: str, tmp_path: Path, plan: Plan | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.checkpoint import store
+from paceline.checkpoint.load import load_whole
 from paceline.checkpoint.manifest import newest_checkpoint
 from paceline.core.record import read_records
 from paceline.dist.testing import run_ranks
@@ -81,7 +81,7 @@ def steps_of(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 def distances(folder: Path, other: Path) -> dict[str, float]:
     """Of the parameters and moments of two runs' last checkpoints, relative."""
-    found, expected = (store.load_whole(newest_checkpoint(run), "") for run in (folder, other))
+    found, expected = (load_whole(newest_checkpoint(run), "") for run in (folder, other))
     assert found.keys() == expected.keys()
     assert any(".experts." in name for name in found)
     named = {name: value.double() for name, value in expected.items() if value.ndim}

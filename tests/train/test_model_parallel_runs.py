@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.checkpoint import store
+from paceline.checkpoint.load import load_whole
 from paceline.checkpoint.manifest import newest_checkpoint
 from paceline.core.record import read_records
 from paceline.dist.testing import run_ranks
@@ -94,7 +94,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "steps": list(read_records(records, "step")),
         "evaluations": [record["loss"] for record in read_records(records, "eval")],
-        "whole": store.load_whole(newest_checkpoint(folder), ""),
+        "whole": load_whole(newest_checkpoint(folder), ""),
     }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from paceline.checkpoint.load import load_whole
 from paceline.checkpoint.manifest import Manifest, read_manifest
-from paceline.checkpoint.store import load_whole
 from paceline.core.errors import UsageError
 from paceline.core.files import new_folder
 from paceline.models.hf import WEIGHTS_FILE, stored_dtype, write_weights

@@ -215,27 +215,54 @@ class OptimizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig(Config):
-    """When a run is saved.
+    """When and how a run is saved.
 
     Attributes:
-        interval_steps: steps between saves; the last step is always saved.
+        method: ``lazy`` copies the state while the next step computes and writes in the background,
+            ``blocking`` lets the trainer wait.
+        interval_steps: steps between saves; the last step is always saved. ``auto`` keeps what
+            saves cost below `overhead_share`.
         overhead_share: share of run time that ``interval_steps = "auto"`` may cost.
         keep: how many of the newest checkpoints are kept; 0 for all.
-        levels: where checkpoints go, fastest first.
+        keep_every: checkpoints of steps that it divides are kept too, whatever their age; 0 for
+            none.
+        levels: where checkpoints go, fastest first: ``memory`` (of the machine, which outlives
+            the run's processes), ``disk`` (the run's folder), or another folder.
+        buffer_bytes: host memory of a rank that a lazy save may fill; 0 for what the state needs.
+        on_error: whether training goes on when a save fails.
     """
 
+    method: Literal["lazy", "blocking"] = "blocking"
     interval_steps: int | Literal["auto"] = 100
     overhead_share: float = 0.02
     keep: int = 0
+    keep_every: int = 0
     levels: tuple[str, ...] = ("disk",)
+    buffer_bytes: int = 0
+    on_error: Literal["stop", "continue"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResilienceConfig(Config):
-    """What happens when a rank fails."""
+    """What happens when a rank fails, hangs or is slow.
 
+    Attributes:
+        watch: whether every rank leaves the times of its collectives where a watcher reads them.
+        patience: a rank that others wait for is taken to hang after the median step time plus this
+            many deviations.
+        on_failure: ``stop`` ends the run, ``restart`` starts it again from the newest complete
+            checkpoint, ``shrink`` does so without the rank that failed.
+        max_restarts: how often; a failure that comes again and again in the same way ends the run
+            before.
+        shrink_plans: plan files of smaller layouts, tried in this order; none: data ranks are
+            taken away, then the other axes.
+    """
+
+    watch: bool = False
+    patience: float = 20.0
     on_failure: Literal["stop", "restart", "shrink"] = "stop"
     max_restarts: int = 0
+    shrink_plans: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import paceline
-from paceline.checkpoint import store
+from paceline.checkpoint.load import load
+from paceline.checkpoint.save import save
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
 from paceline.dist.world import World
@@ -81,7 +82,7 @@ class Trainer:
         """
         if self.state.model.added:
             require_same_model(self.config, self.source)
-        manifest = store.load(checkpoint, self.state.parts(), self.world)
+        manifest = load(checkpoint, self.state.parts(), self.world)
         self.state.model.finish_update()
         self.state.step = manifest.step
 
@@ -164,7 +165,7 @@ class Trainer:
 
     def _save(self) -> None:
         start_s = self.clock.now_s()
-        path = store.save(
+        path = save(
             self.folder.checkpoints,
             self.state.step,
             self.state.parts(),

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.checkpoint import store
+from paceline.checkpoint.load import load as load_checkpoint
+from paceline.checkpoint.load import load_whole
 from paceline.checkpoint.manifest import complete_checkpoints, newest_checkpoint, read_manifest
+from paceline.checkpoint.save import save as save_checkpoint
 from paceline.core.errors import DataError, PacelineError, RankError, UsageError
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
@@ -71,13 +73,13 @@ def save(folder: Path, step: int, value: float, *, keep: int = 0, world: World =
     """Saves two small tensors that are full of `value`."""
     tensors = {"model.a": torch.full((64, 3), value), "optimizer.a.step": torch.tensor(value)}
     plan = Plan(checkpoint=CheckpointConfig(keep=keep))
-    return store.save(folder, step, whole(tensors), plan, SPEC, world)
+    return save_checkpoint(folder, step, whole(tensors), plan, SPEC, world)
 
 
 def load(checkpoint: Path) -> tuple[int, float]:
     """The step and the value of a checkpoint that `save` has made."""
     tensors = {"model.a": torch.zeros(64, 3), "optimizer.a.step": torch.tensor(0.0)}
-    manifest = store.load(checkpoint, whole(tensors), ALONE)
+    manifest = load_checkpoint(checkpoint, whole(tensors), ALONE)
     (value,) = tensors["model.a"].unique().tolist()
     assert tensors["optimizer.a.step"].item() == value
     return manifest.step, value
@@ -91,10 +93,10 @@ def test_what_is_loaded_has_the_bits_that_were_saved(make_state, tmp_path, layou
     def work(rank: int) -> dict[str, Any]:
         state, world = make_state(plan, rank)
         saved = copies(state.parts())
-        path = store.save(tmp_path, 2, state.parts(), plan, SPEC, world)
+        path = save_checkpoint(tmp_path, 2, state.parts(), plan, SPEC, world)
         other, _ = make_state(plan, rank, seed=1, num_steps=1)
         before = copies(other.parts())
-        manifest = store.load(path, other.parts(), world)
+        manifest = load_checkpoint(path, other.parts(), world)
         after = copies(other.parts())
         # The live state, not a copy of it.
         other.model.data.finish_update(other.model.module)
@@ -123,11 +125,11 @@ def test_one_process_reads_whole_tensors_of_any_layout(make_state, tmp_path, lay
 
     def work(rank: int) -> dict[str, Any]:
         state, world = make_state(plan, rank)
-        store.save(tmp_path, 1, state.parts(), plan, SPEC, world)
+        save_checkpoint(tmp_path, 1, state.parts(), plan, SPEC, world)
         return {f"model.{n}": value for n, value in whole_weights(state.model.parts, world).items()}
 
     expected = work(0) if plan.mesh.num_ranks == 1 else run_ranks(work, plan.mesh.num_ranks)[0]
-    found = store.load_whole(tmp_path / "step-1", "model.")
+    found = load_whole(tmp_path / "step-1", "model.")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], torch.from_numpy(value)), name
@@ -136,7 +138,7 @@ def test_one_process_reads_whole_tensors_of_any_layout(make_state, tmp_path, lay
 def test_a_manifest_says_what_a_checkpoint_holds(make_state, tmp_path):
     plan = Plan(train=TrainConfig(seed=9))
     state, world = make_state(plan)
-    manifest = read_manifest(store.save(tmp_path, 7, state.parts(), plan, SPEC, world))
+    manifest = read_manifest(save_checkpoint(tmp_path, 7, state.parts(), plan, SPEC, world))
     assert manifest.step == 7
     assert Plan.from_dict(manifest.plan) == plan
     assert type(SPEC).from_dict(manifest.model) == SPEC
@@ -207,7 +209,7 @@ FILES = (".metadata", "__0_0.distcp", "manifest.json")
 
 
 def assert_named(checkpoint: Path, name: str) -> None:
-    for read in (load, lambda path: store.load_whole(path, "model.")):
+    for read in (load, lambda path: load_whole(path, "model.")):
         with pytest.raises(DataError) as caught:
             read(checkpoint)
         assert str(checkpoint / name) in caught.value.message
@@ -301,7 +303,7 @@ def test_a_checkpoint_of_another_model_is_refused(damaged):
         (wanted | {"model.a": torch.zeros(3, 64)}, r"model.a has shape \(64, 3\), this run wants"),
     ):
         with pytest.raises(DataError, match=why) as caught:
-            store.load(damaged, whole(tensors), ALONE)
+            load_checkpoint(damaged, whole(tensors), ALONE)
         assert str(damaged) in caught.value.message
         assert not any(value.any() for value in tensors.values())
 
@@ -314,7 +316,7 @@ def test_damage_is_an_error_on_ranks_too(damaged):
 
     def work(rank: int) -> None:
         world = World(MeshConfig(dp_replicate=2), rank, torch.device("cpu"))
-        store.load(damaged, whole({"model.a": torch.zeros(64, 3)}), world)
+        load_checkpoint(damaged, whole({"model.a": torch.zeros(64, 3)}), world)
 
     with pytest.raises(RankError, match=r"rank 0 failed(.|\n)*__0_0.distcp is damaged"):
         run_ranks(work, 2)
@@ -426,7 +428,7 @@ def test_a_rank_that_is_killed_leaves_a_checkpoint(tmp_path, dying):
             parts["model.a"] = Part(torch.full((32, 3), 2.0), place)
             if rank == dying:
                 die_at_call(number)
-            store.save(folder, 2, parts, Plan(), SPEC, world)
+            save_checkpoint(folder, 2, parts, Plan(), SPEC, world)
 
         try:
             run_ranks(work, 2)
