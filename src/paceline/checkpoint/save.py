@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import paceline
+from paceline.checkpoint.copies import check_copies
 from paceline.checkpoint.manifest import FileEntry, Manifest, TensorEntry, complete_checkpoints
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.quiet import quiet
@@ -40,8 +41,10 @@ def save(
         The checkpoint, complete once this returns on the first rank.
 
     Raises:
+        RankError: ranks hold different bits of what should be copies; nothing has been written.
         PacelineError: it could not be written, for example for want of space.
     """
+    check_copies(parts, world)
     target = folder / f"step-{step}"
     retired = folder / f".retired-step-{step}"
     if world.is_first:
