@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from boxes import cuts, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,20 +17,6 @@ from paceline.core.errors import DataError
 from paceline.plan.layout import Box, padded_share
 
 HOLDERS = 4
-
-
-@st.composite
-def cuts(draw: st.DrawFn, box: Box, depth: int = 3) -> list[Box]:
-    """A box cut into boxes that cover it, some of them empty."""
-    if depth == 0 or not box.sizes or draw(st.booleans()):
-        return [box]
-    dim = draw(st.integers(0, len(box.sizes) - 1))
-    at = draw(st.integers(0, box.sizes[dim]))
-    low, high = box.narrowed(dim, range(at)), box.narrowed(dim, range(at, box.sizes[dim]))
-    return draw(cuts(low, depth - 1)) + draw(cuts(high, depth - 1))
-
-
-shapes = st.lists(st.integers(0, 6), min_size=0, max_size=4).map(tuple)
 
 
 @st.composite

@@ -113,8 +113,12 @@ class _Planner(DefaultLoadPlanner):
     def __init__(self, plan: Iterable[Move], parts: Iterable[tuple[str, Part]]) -> None:
         super().__init__(flatten_state_dict=False)
         self._moves = plan
-        # A name may have several parts, which begin at different places.
-        self._local = {(name, part.place.box.offsets): part.local.detach() for name, part in parts}
+        # A name may have several parts. They begin at different places, but for empty ones.
+        self._local = {
+            (name, part.place.box.offsets): part.local.detach()
+            for name, part in parts
+            if part.place.box.num_elements
+        }
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan([_read_item(move) for move in self._moves])
