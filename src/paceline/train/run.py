@@ -6,6 +6,7 @@ run.toml                   model, data (and a hash of its tokens) and number of 
 model/                     the model's small files: config, tokenizer
 records/rank-*.jsonl       what happened
 checkpoints/step-N/        complete when manifest.json is there
+watch/rank-*.ring          the times of the last collectives, of a run that is watched
 """
 
 from __future__ import annotations
