@@ -127,6 +127,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    match = _FOLDER.fullmatch(checkpoint.name)
+    assert match is not None, f"{checkpoint} is not named as a checkpoint"
+    return int(match[1])
+
+
 def newest_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest complete one of a run folder.
 

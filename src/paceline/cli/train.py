@@ -53,6 +53,7 @@ def train(
 ) -> None:
     """Train a model, or resume a run from its newest complete checkpoint.
 
+    A resumed run goes on under its own plan, changed by --set, or under that of --plan.
     Starts the plan's ranks on this machine; on several, run it under `torchrun --nnodes`.
     """
     from paceline.dist.launch import follow_launcher, is_launched, launch_ranks
@@ -63,13 +64,15 @@ def train(
     from paceline.models.hub import resolve
     from paceline.plan.check import require, warnings
     from paceline.train.inputs import open_inputs, require_sources
-    from paceline.train.job import resumed_job, run_job, way_out
+    from paceline.train.job import replanned, resumed_job, run_job, way_out
 
     require_dtype(dtype)
     if resume is not None:
-        given = {"MODEL": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
-        _refuse_with_resume(given | {"--out": out, "--set": settings, "--dtype": dtype})
+        given = {"MODEL": model, "--data": data, "--eval-data": eval_data, "--out": out}
+        _refuse_with_resume(given)
         job = resumed_job(resume, steps)
+        plan = _plan(plan_file, settings, dtype, job.plan)
+        job = replanned(job, plan, source=str(plan_file or "--set"))
     else:
         plan = _plan(plan_file, settings, dtype)
         job = _new_job(model, data, out, plan, steps=steps, eval_data=eval_data)
@@ -95,14 +98,16 @@ def train(
         print_json(record.to_dict())
 
 
-def _plan(file: Path | None, settings: list[str] | None, dtype: str | None) -> Plan:
-    plan = read_plan(file, settings)
+def _plan(
+    file: Path | None, settings: list[str] | None, dtype: str | None, base: Plan | None = None
+) -> Plan:
+    plan = read_plan(file, settings, base)
     return plan.with_overrides([f'precision.compute="{dtype}"']) if dtype else plan
 
 
 def _refuse_with_resume(given: dict[str, object]) -> None:
     if names := [name for name, value in given.items() if value]:
-        hint = "a resumed run goes on as it began; only --steps may change"
+        hint = "a resumed run goes on with its model and data; --plan and --set say how"
         raise UsageError(f"--resume does not go with {', '.join(names)}", hint=hint)
 
 

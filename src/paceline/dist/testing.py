@@ -149,9 +149,9 @@ class SlowWorld(World):
     waited_s: float = 0.0
 
     def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
-        before = len(self.traffic.transfers)
+        before = self.traffic.count
         super().sum(tensor, axes, purpose=purpose)
-        begun = len(self.traffic.transfers) - before
+        begun = self.traffic.count - before
         self.num_sums += begun
         self.wait_until(time.perf_counter() + begun * self.latency_s)
         return tensor
@@ -159,7 +159,7 @@ class SlowWorld(World):
     def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
         begun = super().sum_start(tensor, axes, purpose=purpose)
         self.num_sums += begun.work is not None
-        return begun if begun.work is None else _LatePending(begun.work, self)
+        return begun if begun.work is None else _LatePending(begun.work, self, begun.number)
 
     def wait_until(self, time_s: float) -> None:
         """Holds this rank up until a moment of `time.perf_counter`."""
@@ -171,8 +171,8 @@ class SlowWorld(World):
 class _LatePending(Pending):
     """A collective whose result is there some time after it is done, waited for or not."""
 
-    def __init__(self, work: torch.distributed.Work, world: SlowWorld) -> None:
-        super().__init__(work)
+    def __init__(self, work: torch.distributed.Work, world: SlowWorld, number: int) -> None:
+        super().__init__(work, world.traffic, number)
         self._world, self._latency_s = world, world.latency_s
         self._done_s: float | None = None
         work.get_future().add_done_callback(self._note_end)

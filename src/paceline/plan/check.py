@@ -38,6 +38,7 @@ from paceline.plan.rules.pipeline import (
     stages_per_rank,
     vocabulary_spreads,
 )
+from paceline.plan.rules.resume import fixed_keys_stay
 from paceline.plan.rules.sharding import (
     ladder_fits,
     sharder_fits,
@@ -102,6 +103,18 @@ def require(
 ) -> None:
     """Raises ConfigError with every problem, if there is one."""
     if problems := check(plan, spec, num_ranks=num_ranks):
+        raise ConfigError(problems, source=source)
+
+
+def require_resumable(before: Plan, after: Plan, *, source: str = "") -> None:
+    """Raises ConfigError if a run cannot go on under another plan, with every reason.
+
+    Args:
+        before: the run's plan.
+        after: the other plan, which `check` looks at as at any other.
+        source: where it comes from.
+    """
+    if problems := list(fixed_keys_stay(before, after)):
         raise ConfigError(problems, source=source)
 
 

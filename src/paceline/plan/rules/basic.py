@@ -21,7 +21,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "checkpoint.levels": (("disk",),),
     "checkpoint.buffer_bytes": (0,),
     "checkpoint.on_error": ("stop",),
-    "resilience.watch": (False,),
     "resilience.on_failure": ("stop",),
     "resilience.max_restarts": (0,),
     "resilience.shrink_plans": ((),),
