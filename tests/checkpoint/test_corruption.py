@@ -129,7 +129,7 @@ def test_a_shard_of_another_checkpoint_of_the_same_step_is_never_loaded(twins, s
 
 def test_the_manifest_of_another_checkpoint_of_the_same_step_is_never_loaded(twins, spoiled):
     shutil.copy(twins[1] / "manifest.json", spoiled / "manifest.json")
-    require_refused(spoiled, SHARDS[0])
+    require_refused(spoiled, ".metadata")
 
 
 def test_every_bit_of_a_file_is_looked_at(spoiled):
