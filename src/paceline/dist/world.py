@@ -186,11 +186,42 @@ class World:
         """
         if self.degree(axis) == 1:
             return rows
+        return self._all_to_all(rows, (axis,), sent, received, purpose)
+
+    def exchange(
+        self, elements: Tensor, sent: Sequence[int], received: Sequence[int], *, purpose: str
+    ) -> Tensor:
+        """Gives every rank of the world some elements, and takes what each gives.
+
+        Args:
+            elements: sorted by the rank that they go to.
+            sent: how many go to each rank; none to this one.
+            received: how many come from each.
+            purpose: written down with the bytes that leave this rank.
+
+        Returns:
+            What has come, in order of rank.
+        """
+        if self.mesh.num_ranks == 1:
+            return elements
+        return self._all_to_all(elements, (), sent, received, purpose)
+
+    def _all_to_all(
+        self,
+        rows: Tensor,
+        axes: tuple[str, ...],
+        sent: Sequence[int],
+        received: Sequence[int],
+        purpose: str,
+    ) -> Tensor:
+        """Among the ranks that differ on some axes; of no axes: all ranks."""
+        index = self.coordinate(axes[0]) if axes else self.rank
         found = rows.new_empty(sum(received), *rows.shape[1:])
-        leaving = len(rows) - sent[self.coordinate(axis)]
-        call = self.traffic.enter("all-to-all", (axis,), rows[:leaving].nbytes, purpose)
+        leaving = len(rows) - sent[index]
+        call = self.traffic.enter("all-to-all", axes, rows[:leaving].nbytes, purpose)
+        group = self._group(axes) if axes else None
         torch.distributed.all_to_all_single(
-            found, rows.contiguous(), list(received), list(sent), group=self._group((axis,))
+            found, rows.contiguous(), list(received), list(sent), group=group
         )
         self.traffic.leaves(call)
         return found
