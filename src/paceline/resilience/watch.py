@@ -74,7 +74,9 @@ def _process(trace: RankTrace) -> Process:
     except OSError:
         return "unknown" if not Path("/proc/self").exists() else "gone"
     state = text.rpartition(")")[2].split()[0]  # a name in brackets comes before it
-    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "running")
+    if state in "ZX":
+        return "gone"
+    return "stopped" if state in "Tt" else "running"
 
 
 class Watcher:
