@@ -18,6 +18,7 @@ from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 from paceline.plan.shrink import first_fitting, shrink
 from paceline.resilience.records import DamagedRecord
+from paceline.resilience.run_watched import run_watched
 from paceline.resilience.supervise import Means, supervise
 from paceline.train.job import Job, whole_job
 from paceline.train.progress import Progress
@@ -38,8 +39,10 @@ def run_supervised(job: Job, spec: ModelSpec, new: Sequence[str], common: Sequen
     smaller = smaller_plans(job.plan, spec)
     progress = Progress(job.folder)
     with tempfile.TemporaryDirectory(prefix="paceline-") as scratch, closing(_Log(job)) as log:
+        plan_file = Path(scratch) / "plan.toml"
+        arguments = partial(_arguments, new=new, common=common, plan_file=plan_file)
         means: Means[Job] = Means(
-            launch=partial(_launch, new=new, common=common, plan_file=Path(scratch) / "plan.toml"),
+            launch=partial(_launch, arguments=arguments, log=log),
             again=partial(_again, progress=progress, on_damaged=log.damaged),
             shrink=partial(_shrunk, smaller=smaller),
             progress=progress,
@@ -93,15 +96,25 @@ def _read(plan: Plan, spec: ModelSpec, path: str) -> Plan:
     return smaller
 
 
-def _launch(job: Job, new: Sequence[str], common: Sequence[str], plan_file: Path) -> None:
+def _launch(job: Job, arguments: Callable[[Job], Sequence[str]], log: _Log) -> None:
+    launch = partial(launch_ranks, job.plan.mesh, arguments(job))
+    if job.plan.resilience.watch:
+        run_watched(launch, job.folder.path, job.plan, record=log.write, say=say)
+    else:
+        launch()
+
+
+def _arguments(
+    job: Job, *, new: Sequence[str], common: Sequence[str], plan_file: Path
+) -> Sequence[str]:
+    """Of the command that begins a job's run, or goes on with it."""
     if not job.is_begun:
-        launch_ranks(job.plan.mesh, new)
-        return
+        return new
     plan_file.write_text(job.plan.to_toml(), encoding="utf-8")
     given = ["train", "--resume", str(job.folder.path), "--plan", str(plan_file)]
     given += ["--steps", str(job.config.steps)]
     given += ["--from", str(job.checkpoint)] if job.checkpoint else []
-    launch_ranks(job.plan.mesh, [*given, *common])
+    return [*given, *common]
 
 
 def _again(job: Job, progress: Progress, on_damaged: Callable[[Path, str], None]) -> Job:

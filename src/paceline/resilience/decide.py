@@ -33,6 +33,11 @@ class Ending:
         """What an error of the ranks comes to."""
         return cls(step, error.ranks, error.message.partition("\n")[0], error.comes_again)
 
+    def is_same(self, other: Ending) -> bool:
+        """Whether another one was at the same step and of the same kind, in whatever figures."""
+        kinds = [ending.why.partition(":")[0] for ending in (self, other)]
+        return (self.step, self.ranks) == (other.step, other.ranks) and kinds[0] == kinds[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Stop:
@@ -68,7 +73,7 @@ def decide(endings: Sequence[Ending], config: ResilienceConfig) -> Stop | Restar
         return Stop()
     if last.comes_again:
         return Stop("another start would come to the same")
-    if len(endings) >= MAX_SAME and len(set(endings[-MAX_SAME:])) == 1:
+    if len(endings) >= MAX_SAME and all(ending.is_same(last) for ending in endings[-MAX_SAME:]):
         return Stop(f"it has come to this {MAX_SAME} times one after the other")
     if num_restarts >= config.max_restarts:
         return Stop(f"it has been restarted {num_restarts} time(s) (resilience.max_restarts)")

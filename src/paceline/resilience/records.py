@@ -52,6 +52,22 @@ class RecoveredRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VerdictRecord(Record):
+    """What a watcher has found.
+
+    Attributes:
+        verdict: its kind, as `Verdict` has it.
+        ranks: whose fault it is.
+        evidence: the figures that say so.
+    """
+
+    kind: ClassVar[str] = "verdict"
+    verdict: str
+    ranks: tuple[int, ...]
+    evidence: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DamagedRecord(Record):
     """A checkpoint is not whole: an older one, or a copy, is used instead.
 

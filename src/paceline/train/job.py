@@ -160,7 +160,8 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     """
     environment = rank_environment()
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
-    with open_world(job.plan.mesh, device) as world:
+    watched = job.folder.path if job.plan.resilience.watch else None
+    with open_world(job.plan.mesh, device, watched=watched) as world:
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
         if job.checkpoint is not None:
             trainer.restore(job.checkpoint)

@@ -7,6 +7,7 @@ model/                     the model's small files: config, tokenizer
 records/rank-*.jsonl       what happened
 records/supervisor.jsonl   what was done about it, where ranks have failed
 checkpoints/step-N/        complete when manifest.json is there
+watch/rank-*.ring          the times of the last collectives, of a run that is watched
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ class Trainer:
         with closing(RecordWriter(self.folder.records(self.world.rank))) as self._records:
             self._begin()
             self._evaluate_if_due()
+            self.world.begin_training()
             while self.state.step < self.config.steps:
                 start_s = self.clock.now_s()
                 step = self.state.step + 1
@@ -105,6 +106,7 @@ class Trainer:
                     max_norm=self.plan.optimizer.clip_norm,
                 )
                 synchronize(self.world.device)
+                self.world.finish_step(self.state.step)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
                 if self._is_save_due():
                     self._save()
@@ -165,14 +167,15 @@ class Trainer:
 
     def _save(self) -> None:
         start_s = self.clock.now_s()
-        path = save(
-            self.folder.checkpoints,
-            self.state.step,
-            self.state.parts(),
-            self.plan,
-            self.source.spec,
-            self.world,
-        )
+        with self.world.phase("saving"):
+            path = save(
+                self.folder.checkpoints,
+                self.state.step,
+                self.state.parts(),
+                self.plan,
+                self.source.spec,
+                self.world,
+            )
         time_s = self.clock.now_s() - start_s
         self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
         self._say(f"saved {path} in {time_s:.1f} s")
@@ -184,13 +187,14 @@ class Trainer:
             return
         start_s = self.clock.now_s()
         batches = self.held_out.batches(self.world.data_index)
-        result = evaluate(
-            self.state.model,
-            batches,
-            self.objective,
-            self.world,
-            num_microbatches=self.plan.mesh.pp,
-        )
+        with self.world.phase("evaluating"):
+            result = evaluate(
+                self.state.model,
+                batches,
+                self.objective,
+                self.world,
+                num_microbatches=self.plan.mesh.pp,
+            )
         self.evaluation = EvalRecord(
             step=step,
             loss=result.loss,

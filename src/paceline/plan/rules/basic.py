@@ -21,7 +21,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "checkpoint.levels": (("disk",),),
     "checkpoint.buffer_bytes": (0,),
     "checkpoint.on_error": ("stop",),
-    "resilience.watch": (False,),
     "serve.kv_memory_bytes": (None,),
     "serve.weights": ("auto",),
     "serve.max_sequences": (1,),
