@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from paceline.checkpoint.quiet import quiet
 from paceline.core.errors import PacelineError
 from paceline.core.files import sha256, sync_file
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, named_parts
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -26,7 +25,7 @@ from paceline.plan.plan import Plan
 def save(
     folder: Path,
     step: int,
-    parts: Mapping[str, Part],
+    parts: NamedParts,
     plan: Plan,
     spec: ModelSpec,
     world: World,
@@ -62,8 +61,9 @@ def save(
     return target
 
 
-def _write(target: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
-    named: dict[str, object] = {name: part.local for name, part in parts.items()}
+def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
+    parts = named_parts(parts)
+    named: dict[str, object] = {name: part.local for name, part in parts}
     try:
         with quiet():
             writer = FileSystemWriter(target, sync_files=True)
