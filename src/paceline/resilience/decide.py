@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.core.errors import RankError
 from paceline.plan.plan import ResilienceConfig
 
+_FIGURE = re.compile(r"\d+(\.\d+)?")
 MAX_SAME = 3
 """A failure that has come so often in the same way, one time after the other, would come again."""
 
@@ -35,8 +37,8 @@ class Ending:
 
     def is_same(self, other: Ending) -> bool:
         """Whether another one was at the same step and of the same kind, in whatever figures."""
-        kinds = [ending.why.partition(":")[0] for ending in (self, other)]
-        return (self.step, self.ranks) == (other.step, other.ranks) and kinds[0] == kinds[1]
+        told = [_FIGURE.sub("", ending.why) for ending in (self, other)]
+        return (self.step, self.ranks) == (other.step, other.ranks) and told[0] == told[1]
 
 
 @dataclass(frozen=True, slots=True)
