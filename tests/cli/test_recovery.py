@@ -96,14 +96,14 @@ def run(data, tmp_path, monkeypatch):
         paths = [str(folder), *sys.path]
         monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, paths)))
         command = [sys.executable, "-m", "paceline", *arguments(data, out, *settings)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
         err, recovered_s = "", 0.0
-        for line in process.stderr:
-            err += line
-            if "s after the failure" in line:
-                recovered_s = recovered_s or time.time()
-        code = process.wait(timeout=60)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                err += line
+                if "s after the failure" in line:
+                    recovered_s = recovered_s or time.time()
+        code = process.returncode
         log = RunFolder(out).supervisor_records
         records = list(read_records(log)) if log.exists() else []
         died = [float(mark.read_text()) for mark in sorted(folder.glob("died-*"))]
