@@ -1,7 +1,7 @@
 """Proof: of faults over four ranks the verdict names the culprit; clean windows raise no alarm.
 
-Crashes and stops take a start of four ranks each, and are judged by a `Watcher` as in a run. Sleeps,
-slow links and clean windows come many to a start: each is a few steps, whose calls are judged. Every
+Crashes and stops take a start of four ranks each, judged by a `Watcher` as in a run. Sleeps, slow
+links and clean windows come many to a start: each is a few steps, whose calls are judged. Every
 trial leaves a record; started again, the proof goes on where it was.
 """
 
