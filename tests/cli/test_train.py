@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "tokens": (("--set", "train.tokens_per_step=17"), 2, "must be a multiple of", "use 16 or 32"),
     "context": (("--set", "train.sequence_length=9999"), 2, "train.sequence_length", ""),
     "not built": (
-        ("--set", "resilience.max_restarts=1"),
+        ("--set", "serve.max_sequences=2"),
         2,
         "is not built in this version",
         "use 0",

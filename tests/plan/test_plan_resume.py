@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
 
-from paceline.core.config import Config
 from paceline.core.errors import ConfigError
 from paceline.plan.check import require_resumable
+from paceline.plan.difference import leaves
 from paceline.plan.plan import Plan
 from paceline.plan.rules.resume import FIXED, MAY_CHANGE, fixed_keys_stay
 
@@ -42,12 +41,6 @@ HARMLESS = (
     "checkpoint.interval_steps=2",
     "resilience.patience=5",
 )
-
-
-def leaves(config: Config, prefix: str = "") -> Iterator[str]:
-    for field in fields(config):
-        value, path = getattr(config, field.name), prefix + field.name
-        yield from leaves(value, f"{path}.") if isinstance(value, Config) else [path]
 
 
 def test_every_key_is_in_one_of_the_two_tables():

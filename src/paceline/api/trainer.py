@@ -11,7 +11,7 @@ from paceline.models.hub import resolve
 from paceline.plan.check import require
 from paceline.plan.plan import Plan
 from paceline.train.inputs import require_sources
-from paceline.train.job import Job, new_job, resumed_job, run_job
+from paceline.train.job import Job, new_job, require_launcher, resumed_job, run_job
 from paceline.train.records import StepRecord
 from paceline.train.run import RunConfig, RunFolder
 
@@ -84,6 +84,7 @@ class Trainer:
 
     def _open(self, job: Job, device: str) -> None:
         """Checks all that can be checked before ranks meet."""
+        require_launcher(job.plan)
         require_sources(job.config)
         self._source = resolve(job.config.model, seed=job.plan.train.seed)
         environment = rank_environment()

@@ -193,6 +193,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a complete checkpoint's, whatever it is called."""
+    return (path / MANIFEST).exists()
+
+
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's name says."""
     match = _FOLDER.fullmatch(checkpoint.name)
@@ -206,7 +211,7 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         UsageError: there is none.
     """
-    if (path / MANIFEST).exists():
+    if is_checkpoint(path):
         return path
     complete = complete_checkpoints(path / "checkpoints")
     if not complete:

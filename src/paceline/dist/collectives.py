@@ -69,10 +69,21 @@ class Traffic:
         return 0 if self.ring is None else self.ring.enter(operation, (), 0, purpose)
 
     def enter_way(
-        self, operation: str, axis: str, ends: tuple[int, int], size_bytes: int, purpose: str
+        self,
+        operation: str,
+        axis: str,
+        ends: tuple[int, int],
+        size_bytes: int,
+        purpose: str,
+        *,
+        is_counted: bool = True,
     ) -> int:
-        """Counts a send or a receive that begins; gives what `Ring.enter_way` gives, or 0."""
-        self.add(operation, (axis,), size_bytes, purpose)
+        """A send or a receive begins; gives what `Ring.enter_way` gives, or 0.
+
+        It is counted, unless it is a part of a collective that has been.
+        """
+        if is_counted:
+            self.add(operation, (axis,), size_bytes, purpose)
         if self.ring is None:
             return 0
         return self.ring.enter_way(operation, axis, ends, size_bytes, purpose)

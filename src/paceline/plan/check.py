@@ -38,6 +38,7 @@ from paceline.plan.rules.pipeline import (
     stages_per_rank,
     vocabulary_spreads,
 )
+from paceline.plan.rules.restart import restarts_are_counted, shrink_plans_are_read
 from paceline.plan.rules.resume import fixed_keys_stay
 from paceline.plan.rules.sharding import (
     ladder_fits,
@@ -170,6 +171,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "pipeline.vocabulary_barriers",
     ),
     split_backward: ("pipeline.schedule", *_ZERO),
+    restarts_are_counted: ("resilience.on_failure", "resilience.max_restarts"),
+    shrink_plans_are_read: ("resilience.on_failure", "resilience.shrink_plans"),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
 WARNINGS: tuple[Rule, ...] = (token_ring_pays,)

@@ -13,10 +13,12 @@ UNIT_BYTES = 1 << 16
 """A delay counts for so many bytes; what is smaller costs latency alone, and counts as one unit."""
 MIN_TRANSFERS = 8
 """Fewer of a pair say nothing."""
-HOT = 4.0
-"""A pair is slow where its delay is so many times that of the others."""
-HOT_S = 1e-3
-"""And longer than this for a unit."""
+HOT = 3.0
+"""A pair is slow where nearly all its delays are so many times the usual one of the others."""
+HOT_S = 2e-3
+"""And where they are longer than this: a scheduler may well take a millisecond."""
+WAITED_S = 1e-4
+"""A wait that is shorter has found the tensor there."""
 
 Pair = tuple[int, int]
 
@@ -36,36 +38,43 @@ class Slow(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One entry of the matrix: seconds for a unit of bytes, of the transfers of a pair.
+    """One entry of the matrix: the delays of a pair.
+
+    What delays all transfers shows in the lower quartile, and what delays some, as a scheduler
+    does, does not.
 
     Attributes:
-        low: lower quartile.
-        middle: median.
-        high: upper quartile.
-        count: of the transfers.
+        least_s: lower quartile of whole delays.
+        low_s: lower quartile of delays for a unit of bytes.
+        middle_s: median of these.
+        mean_s: of whole delays.
+        num_transfers: that they are of.
     """
 
-    low: float
-    middle: float
-    high: float
-    count: int
+    least_s: float
+    low_s: float
+    middle_s: float
+    mean_s: float
+    num_transfers: int
 
 
 def delays(traces: Sequence[RankTrace]) -> dict[tuple[str, ...], dict[Pair, Cell]]:
     """For the ways along each axis: from source and destination to the delay.
 
-    The delay of a transfer is the time from when it had been sent, and was waited for, until it was
-    there: one that is there before it is wanted has none.
+    The delay of a transfer is the time from when both ends had begun it until it was there. That is
+    known where the receiver has waited for it to come; of one that had come before, nothing is.
     """
-    found: defaultdict[tuple[str, ...], defaultdict[Pair, list[float]]]
+    found: defaultdict[tuple[str, ...], defaultdict[Pair, list[tuple[float, float]]]]
     found = defaultdict(lambda: defaultdict(list))
     for channel, sent, received in _transfers(traces):
         assert received.wait_s is not None
         assert received.leave_s is not None
-        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.wait_s))
+        if received.leave_s - received.wait_s < WAITED_S:
+            continue
+        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.enter_s))
         source, destination = channel.members
-        per_unit = delay_s / max(1.0, received.size_bytes / UNIT_BYTES)
-        found[channel.axes][source, destination].append(per_unit)
+        units = max(1.0, received.size_bytes / UNIT_BYTES)
+        found[channel.axes][source, destination].append((delay_s, delay_s / units))
     return {
         axes: {pair: _cell(times) for pair, times in pairs.items() if len(times) >= MIN_TRANSFERS}
         for axes, pairs in found.items()
@@ -97,41 +106,40 @@ def _transfers(traces: Sequence[RankTrace]) -> list[tuple[Channel, Call, Call]]:
     ]
 
 
-def _cell(times: Sequence[float]) -> Cell:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return Cell(low, middle, high, len(times))
+def _cell(times: Sequence[tuple[float, float]]) -> Cell:
+    whole, of_unit = zip(*times, strict=True)
+    least_s, _, _ = statistics.quantiles(whole, n=4)
+    low_s, middle_s, _ = statistics.quantiles(of_unit, n=4)
+    return Cell(least_s, low_s, middle_s, statistics.mean(whole), len(times))
 
 
 def _is_hot(pair: Pair, cells: Mapping[Pair, Cell]) -> bool:
-    """Whether a pair is slower than the others, in the middle and in most of its transfers."""
+    """Whether a pair is slower than the others in nearly all of its transfers."""
     others = [cell for other, cell in cells.items() if other != pair]
     if not others:
         return False
     cell = cells[pair]
-    usual = statistics.median(other.middle for other in others)
-    high = statistics.median(other.high for other in others)
-    return cell.middle > max(HOT_S, HOT * usual) and cell.low > high
+    usual_s = statistics.median(other.middle_s for other in others)
+    return cell.least_s > HOT_S and cell.low_s > HOT * usual_s
 
 
 def _named(axis: str, hot: set[Pair], cells: Mapping[Pair, Cell]) -> Slow:
     """A whole row is a sender, a whole column a receiver, and a single cell a link."""
-    for end, kind in ((0, "slow-sender"), (1, "slow-receiver")):
+    kinds: tuple[tuple[int, Literal["slow-sender", "slow-receiver"], str], ...]
+    kinds = (0, "slow-sender", "sends"), (1, "slow-receiver", "receives")
+    for end, kind, verb in kinds:
         for rank in sorted({pair[end] for pair in hot}):
             own = {pair for pair in cells if pair[end] == rank}
             if len(own) > 1 and own <= hot:
-                verb = "sends" if end == 0 else "receives"
                 text = f"all that rank {rank} {verb} along {axis} is slow: {_figures(own, cells)}"
-                return Slow(
-                    "slow-sender" if kind == "slow-sender" else "slow-receiver", (rank,), text
-                )
-    pair = max(hot, key=lambda pair: cells[pair].middle)
+                return Slow(kind, (rank,), text)
+    pair = max(hot, key=lambda pair: cells[pair].low_s)
     text = f"rank {pair[0]} to rank {pair[1]} along {axis} is slow: {_figures({pair}, cells)}"
     return Slow("slow-link", pair, text)
 
 
 def _figures(slow: set[Pair], cells: Mapping[Pair, Cell]) -> str:
-    others = [cell.middle for pair, cell in cells.items() if pair not in slow]
-    own = statistics.median(cells[pair].middle for pair in slow)
-    usual = statistics.median(others)
-    unit = f"a {UNIT_BYTES >> 10} KiB unit"
-    return f"{own * 1e3:.2f} ms for {unit}, where others take {usual * 1e3:.2f} ms"
+    own_s = statistics.median(cells[pair].middle_s for pair in slow)
+    usual_s = statistics.median(c.middle_s for pair, c in cells.items() if pair not in slow)
+    unit = f"a unit of {UNIT_BYTES >> 10} KiB"
+    return f"{own_s * 1e3:.2f} ms for {unit}, where others take {usual_s * 1e3:.2f} ms"

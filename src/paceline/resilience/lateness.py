@@ -1,7 +1,7 @@
 """Which rank others wait for, and how long: from the times of finished collectives.
 
 A wait is charged to the rank that came last, but for the time in which that rank waited itself: the
-charge goes on to whom it waited for, so that a late rank far up a pipeline is the one that is named.
+charge goes on to whom it waited for, so that a late rank far up a pipeline is the one named.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ STALL_STEPS = 5.0
 """A single stall is told where it is longer than so many median steps."""
 STALL_S = 0.1
 """And than this: schedulers of busy machines take longer than a millisecond."""
+AGAIN_SHARE = 0.5
+"""A rank is late again and again where others wait for it half the time of their steps."""
+AGAIN = 3.0
+"""And so many times as long as for any other."""
+AGAIN_STEPS = 8
+"""In at least so many steps."""
 
 Interval = tuple[float, float]
 
@@ -41,6 +47,11 @@ def late_rank(traces: Sequence[RankTrace], step_s: float, patience: float) -> La
         step_s: median time of a step.
         patience: deviations that are nothing special.
     """
+    return _stalled(traces, step_s, patience) or _late_again(traces, step_s)
+
+
+def _stalled(traces: Sequence[RankTrace], step_s: float, patience: float) -> Late | None:
+    """The rank of the longest stall, where it is too long for chance."""
     stalls = charged(traces)
     lengths = [end - begin for found in stalls.values() for begin, end in found]
     if not lengths:
@@ -60,11 +71,41 @@ def late_rank(traces: Sequence[RankTrace], step_s: float, patience: float) -> La
     )
 
 
-def charged(traces: Sequence[RankTrace]) -> dict[int, list[Interval]]:
-    """For each rank the times in which others waited for it while it waited for nobody."""
+def _late_again(traces: Sequence[RankTrace], step_s: float) -> Late | None:
+    """The rank that is slower than those with the same work, step after step.
+
+    Pipeline stages are left out: some have more to do than others.
+    """
+    stamps = [call.enter_s for trace in traces for call in trace.calls]
+    if not stamps or (span_s := max(stamps) - min(stamps)) < AGAIN_STEPS * step_s:
+        return None
+    found = charged(traces, among_equals=True)
+    totals = {trace.rank: 0.0 for trace in traces}
+    totals |= {rank: sum(end - begin for begin, end in times) for rank, times in found.items()}
+    *_, second, (held_s, rank) = sorted((total, rank) for rank, total in totals.items())
+    if held_s < AGAIN_SHARE * span_s or held_s < AGAIN * second[0]:
+        return None
+    return Late(
+        rank,
+        f"others have waited for rank {rank} in {held_s / span_s:.0%} of the last {span_s:.1f} s, "
+        f"and for no other in more than {second[0] / span_s:.0%}",
+    )
+
+
+def charged(
+    traces: Sequence[RankTrace], *, among_equals: bool = False
+) -> dict[int, list[Interval]]:
+    """For each rank the times in which others waited for it while it waited for nobody.
+
+    Args:
+        traces: of all ranks, with finished calls.
+        among_equals: in collectives of ranks with the same work alone.
+    """
     waits = {trace.rank: _own_waits(trace.calls) for trace in traces}
     blamed: defaultdict[int, list[Interval]] = defaultdict(list)
-    for calls in _together(traces).values():
+    for (channel, _), calls in _together(traces).items():
+        if among_equals and (channel.is_way or "pp" in channel.axes or not channel.axes):
+            continue
         last = max(calls, key=lambda rank: calls[rank].enter_s)
         begun_s = calls[last].enter_s
         for rank, call in calls.items():

@@ -1,4 +1,4 @@
-"""What is wrong with a run, and with which of its ranks: judged from what they leave, as plain data.
+"""What is wrong with a run, and with which of its ranks: judged from plain data that they leave.
 
 Source: Dong et al., Boosting Large-scale Parallel Training Efficiency with C4, arXiv:2406.04594.
 Differs: no collective is added, and nothing is compared with other runs: every threshold comes from
@@ -33,6 +33,10 @@ PHASE_S = 300.0
 """Time-out of what has no usual length: starting, saving, evaluating."""
 STALE_S = 1.5
 """A process that has not signed for so long does not run; it signs ten times a second."""
+
+
+TOGETHER_S = 0.25
+"""Of ranks whose last signs are so close, none is known to have ended first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +123,17 @@ def _ended(traces: Sequence[RankTrace]) -> Verdict | None:
     ]
     if not ended:
         return None
-    first = min(ended, key=_last_sign_s)
+    first_s = min(map(_last_sign_s, ended))
+    # Those whom a launcher ends at once look as if they had ended first; but they wait in a
+    # collective, for the one that has.
+    together = [trace for trace in ended if _last_sign_s(trace) < first_s + TOGETHER_S]
+    first = min(together, key=lambda trace: (_is_waiting(trace), _last_sign_s(trace)))
     how = "an error of its own has ended it" if first.state == "failed" else "its process is gone"
     return Verdict("crash", (first.rank,), f"{how}, after step {first.step}; {_last_call(first)}")
+
+
+def _is_waiting(trace: RankTrace) -> bool:
+    return any(call.leave_s is None and call.wait_s is not None for call in trace.calls)
 
 
 def _last_sign_s(trace: RankTrace) -> float:

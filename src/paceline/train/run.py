@@ -5,6 +5,7 @@ plan-until-step-N.toml     the plan before, of a run that has gone on under anot
 run.toml                   model, data (and a hash of its tokens) and number of steps
 model/                     the model's small files: config, tokenizer
 records/rank-*.jsonl       what happened
+records/supervisor.jsonl   what was done about it, where ranks have failed
 checkpoints/step-N/        complete when manifest.json is there
 watch/rank-*.ring          the times of the last collectives, of a run that is watched
 """
@@ -60,6 +61,11 @@ class RunFolder:
 
     def records(self, rank: int) -> Path:
         return self.path / "records" / f"rank-{rank}.jsonl"
+
+    @property
+    def supervisor_records(self) -> Path:
+        """What was done about ranks that failed."""
+        return self.path / "records" / "supervisor.jsonl"
 
     def start(self, config: RunConfig, plan: Plan, model_files: dict[str, str]) -> None:
         """Writes what the run is.

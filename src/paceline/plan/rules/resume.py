@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 
-from paceline.core.config import Config
 from paceline.core.errors import Problem
+from paceline.plan.difference import changed_keys
 from paceline.plan.plan import Plan
 from paceline.plan.rules.known import value_at
 
@@ -64,16 +63,12 @@ def fixed_keys_stay(before: Plan, after: Plan) -> Iterator[Problem]:
         before: the run's plan.
         after: what is to be in force from now on.
     """
-    for path in _leaves(before):
-        old, new = value_at(before, path), value_at(after, path)
-        if old != new and (why := _reason(path)) is not None:
-            yield Problem(
-                path,
-                _text(new),
-                f"{why}, and is {_text(old)} in this run",
-                f"leave it at {_text(old)}, or begin a new run from an export: "
-                "paceline checkpoint export",
-            )
+    for path, value in changed_keys(before, after).items():
+        if (why := _reason(path)) is not None:
+            old = _text(value_at(before, path))
+            hint = f"leave it at {old}, or begin a new run from an export: "
+            rule = f"{why}, and is {old} in this run"
+            yield Problem(path, _text(value), rule, hint + "paceline checkpoint export")
 
 
 def _reason(path: str) -> str | None:
@@ -86,15 +81,6 @@ def _reason(path: str) -> str | None:
 
 def _covers(key: str, path: str) -> bool:
     return path == key or path.startswith(f"{key}.")
-
-
-def _leaves(config: Config, prefix: str = "") -> Iterator[str]:
-    for field in fields(config):
-        value, path = getattr(config, field.name), prefix + field.name
-        if isinstance(value, Config):
-            yield from _leaves(value, f"{path}.")
-        else:
-            yield path
 
 
 def _text(value: object) -> str:
