@@ -36,7 +36,7 @@ def save(
     step: int,
     parts: NamedParts,
     plan: Plan,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     world: World,
     *,
     progress: Progress | None = None,
@@ -88,14 +88,14 @@ def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
         raise PacelineError(f"{target} cannot be written: {error}", hint=hint) from error
 
 
-def _manifest(target: Path, step: int, plan: Plan, spec: ModelSpec) -> Manifest:
+def _manifest(target: Path, step: int, plan: Plan, spec: ModelSpec | None) -> Manifest:
     stored = FileSystemReader(target).read_metadata().state_dict_metadata
     files = sorted(file for file in target.iterdir() if file.is_file())
     return Manifest(
         step=step,
         versions={"paceline": paceline.__version__, "torch": torch.__version__},
         plan=plan.to_dict(),
-        model=spec.to_dict(),
+        model={} if spec is None else spec.to_dict(),
         files={f.name: FileEntry(f.stat().st_size, sha256(f)) for f in files},
         tensors={
             name: TensorEntry(tuple(t.size), str(t.properties.dtype).removeprefix("torch."))
