@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paceline.checkpoint.manifest import Manifest, read_manifest, verify_files
 from paceline.checkpoint.reader import Stored, dtype_name
-from paceline.core.errors import DataError
+from paceline.core.errors import DataError, UsageError
 from paceline.dist.world import World
 from paceline.optim.parts import NamedParts, Part, named_parts
 
@@ -29,9 +29,13 @@ def load(checkpoint: Path, parts: NamedParts, world: World) -> Manifest:
 
     Raises:
         DataError: a damaged file, or tensors that are not the checkpoint's; on all ranks.
+        UsageError: it has the state of a gradient scaler.
     """
     parts = named_parts(parts)
     manifest = read_manifest(checkpoint)
+    if manifest.progress is not None and manifest.progress.scaler is not None:
+        message = f"{checkpoint} has the state of a gradient scaler, of which this version has none"
+        raise UsageError(message, hint="it was saved by another version: resume with that")
     num_ranks = world.mesh.num_ranks
     _together(world, lambda: verify_files(checkpoint, manifest, world.rank, num_ranks))
     _require_same(checkpoint, manifest, parts, world)

@@ -111,13 +111,24 @@ def require_cover(tensor: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> 
     for box in boxes:
         if len(box.sizes) != len(shape) or box.meet(whole) != box:
             raise DataError(f"{tensor}: the part {box} lies outside its shape {list(shape)}")
-    for one, other in _meeting(boxes):
+    for one, other in meeting(boxes):
         raise DataError(f"{tensor}: {one.meet(other)} is there twice, in {one} and in {other}")
     if sum(box.num_elements for box in boxes) != whole.num_elements:
         left = [whole]
         for box in boxes:
             left = [rest for part in left for rest in part.minus(box)]
         raise DataError(f"{tensor}: nobody holds {left[0]} of it")
+
+
+def meeting(boxes: Sequence[Box]) -> Iterable[tuple[Box, Box]]:
+    """Pairs of boxes that have an element in common."""
+    dim = _widest(boxes)
+    open_boxes: list[Box] = []
+    for box in sorted(boxes, key=lambda box: _span(box, dim).start):
+        start = _span(box, dim).start
+        open_boxes = [other for other in open_boxes if _span(other, dim).stop > start]
+        yield from ((other, box) for other in open_boxes if other.meet(box).num_elements)
+        open_boxes.append(box)
 
 
 def _by_tensor(held: Iterable[Held]) -> dict[str, list[Held]]:
@@ -160,17 +171,6 @@ class _Shelf:
         span = _span(box, self._dim)
         first = bisect_right(self._reach, span.start)
         return self._held[first : bisect_left(self._starts, span.stop)]
-
-
-def _meeting(boxes: Sequence[Box]) -> Iterable[tuple[Box, Box]]:
-    """Pairs of boxes that have an element in common."""
-    dim = _widest(boxes)
-    open_boxes: list[Box] = []
-    for box in sorted(boxes, key=lambda box: _span(box, dim).start):
-        start = _span(box, dim).start
-        open_boxes = [other for other in open_boxes if _span(other, dim).stop > start]
-        yield from ((other, box) for other in open_boxes if other.meet(box).num_elements)
-        open_boxes.append(box)
 
 
 def _widest(boxes: Sequence[Box]) -> int:

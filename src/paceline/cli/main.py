@@ -27,6 +27,7 @@ from paceline.cli import (
     serve,
     train,
     verify,
+    watch,
 )
 from paceline.core.errors import PacelineError
 from paceline.dist.launch import is_spoken_for
@@ -58,6 +59,7 @@ app.command()(convert.convert)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(watch.watch)
 app.command()(report.report)
 app.command()(bench.bench)
 

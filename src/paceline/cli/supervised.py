@@ -21,7 +21,7 @@ from paceline.resilience.records import DamagedRecord
 from paceline.resilience.run_watched import run_watched
 from paceline.resilience.supervise import Means, supervise
 from paceline.train.job import Job, whole_job
-from paceline.train.progress import Progress
+from paceline.train.logged import LoggedSteps
 
 
 def run_supervised(job: Job, spec: ModelSpec, new: Sequence[str], common: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def run_supervised(job: Job, spec: ModelSpec, new: Sequence[str], common: Sequen
         RankError: the ranks have failed, and are not started again.
     """
     smaller = smaller_plans(job.plan, spec)
-    progress = Progress(job.folder)
+    progress = LoggedSteps(job.folder)
     with tempfile.TemporaryDirectory(prefix="paceline-") as scratch, closing(_Log(job)) as log:
         plan_file = Path(scratch) / "plan.toml"
         arguments = partial(_arguments, new=new, common=common, plan_file=plan_file)
@@ -117,7 +117,7 @@ def _arguments(
     return [*given, *common]
 
 
-def _again(job: Job, progress: Progress, on_damaged: Callable[[Path, str], None]) -> Job:
+def _again(job: Job, progress: LoggedSteps, on_damaged: Callable[[Path, str], None]) -> Job:
     if job.checkpoint is not None and progress.last_step() is None:
         return job  # it may have been named, with others after it that are not yet put aside
     return whole_job(job, on_damaged)

@@ -58,6 +58,17 @@ class Rings:
         return replace(trace, process=_process(trace))
 
 
+def verdict_path(run: Path) -> Path:
+    """Where the last verdict is written."""
+    return ring_folder(run) / "verdict.json"
+
+
+def mesh_of(run: Path) -> MeshConfig | None:
+    """The mesh of the ranks that have left rings last; None where none has."""
+    paths = list(ring_folder(run).glob("rank-*.ring"))
+    return RingReader(max(paths, key=lambda path: path.stat().st_mtime)).mesh if paths else None
+
+
 def pids(run: Path) -> dict[int, int]:
     """The process of each rank of a run that has left a ring, whether it is there still or not."""
     readers = [RingReader(path) for path in sorted(ring_folder(run).glob("rank-*.ring"))]
@@ -140,4 +151,4 @@ class Watcher:
 
     def _write(self, verdict: Verdict) -> None:
         entry = {"time_s": time.time(), "watcher": os.getpid(), **asdict(verdict)}
-        write_text(ring_folder(self._folder) / "verdict.json", json.dumps(entry) + "\n")
+        write_text(verdict_path(self._folder), json.dumps(entry) + "\n")

@@ -1,44 +1,104 @@
-"""How far a run has come, as its records tell while it is being written."""
+"""How far a run has come: what a checkpoint says of that beside its tensors, and what has to stay.
+
+There is no hidden state. Which rows a step reads, their order and every random draw are functions
+of the seed and the step; what is written down here is enough to go on, and to notice an order that
+is another one.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from paceline.train.run import RunFolder
+import torch
+
+from paceline.checkpoint.manifest import Progress
+from paceline.core.errors import UsageError
+from paceline.data.sources import parse_source
+from paceline.plan.plan import Plan
+from paceline.train.run import RunConfig
+
+_NOT_SETTINGS = ("params", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
-class Progress:
-    """Reads on where it has stopped reading, so that asking often costs little.
+def progress_of(
+    step: int, plan: Plan, config: RunConfig, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """What a checkpoint of a run says after `step` steps.
 
     Args:
-        folder: of the run, which need not be there yet.
+        step: optimizer steps taken.
+        plan: the one in force.
+        config: with the identities of its data.
+        optimizer: of this rank.
     """
+    order = order_of(plan, config)
+    rows = step * order["rows_per_step"]
+    seed = plan.train.seed
+    return Progress(
+        cursor={
+            "steps": step,
+            "rows": rows,
+            "tokens": rows * plan.train.sequence_length,
+            "order": order,
+        },
+        streams={
+            "seed": seed,
+            "step": step,
+            "rows": rows,
+            "rule": "every draw is a function of seed, purpose, stream and position, which follow "
+            "from seed and step; no generator has a state",
+        },
+        optimizer={"name": plan.optimizer.name, "groups": _settings(optimizer)},
+    )
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder.records(0).parent
-        self._read_bytes: dict[Path, int] = {}
-        self._last_step: int | None = None
 
-    def begin(self) -> None:
-        """Forgets what has been logged so far: a run may go back and take steps again."""
-        self.last_step()
-        self._last_step = None
+def order_of(plan: Plan, config: RunConfig) -> dict[str, Any]:
+    """All that the order of rows follows from, and their content."""
+    train = plan.train
+    weights = [parse_source(text)[1] for text in config.sources]
+    identities = config.data_identity[: len(weights)]
+    return {
+        "seed": train.seed,
+        "sequence_length": train.sequence_length,
+        "rows_per_step": train.tokens_per_step // train.sequence_length,
+        "pack": train.pack,
+        "long_documents": train.long_documents,
+        "sources": [
+            {"identity": identity, "weight": weight}
+            for identity, weight in zip(identities, weights, strict=True)
+        ],
+    }
 
-    def last_step(self) -> int | None:
-        """The last step that any rank has finished since the beginning; None while none has."""
-        for path in self._folder.glob("rank-*.jsonl"):
-            for line in self._new_lines(path):
-                record = json.loads(line)
-                if record["kind"] == "step":
-                    self._last_step = max(self._last_step or 0, record["step"])
-        return self._last_step
 
-    def _new_lines(self, path: Path) -> list[bytes]:
-        """Whole lines alone: the last one may be half written, and is cut off after a kill."""
-        with path.open("rb") as file:
-            file.seek(self._read_bytes.get(path, 0))
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read_bytes[path] = self._read_bytes.get(path, 0) + len(whole)
-        return whole.splitlines()
+def require_same_order(
+    checkpoint: Path, progress: Progress | None, plan: Plan, config: RunConfig
+) -> None:
+    """Raises UsageError if a run would read other rows than it would have without the break.
+
+    Args:
+        checkpoint: for the message.
+        progress: what the checkpoint says; of format 1 nothing, and then nothing is refused.
+        plan: of the run that goes on.
+        config: of the run that goes on, with the identities of its data.
+    """
+    if progress is None:
+        return
+    now, before = order_of(plan, config), progress.cursor["order"]
+    for key, value in before.items():
+        if now.get(key) != value:
+            raise UsageError(
+                f"{checkpoint} has read rows in an order of which {key} is {value}, but now it is "
+                f"{now.get(key)}: the data would not go on where it stopped",
+                hint="resume with the data and the [train] table of the run, or start a new run",
+            )
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of parameter groups, each once; ranks may split a group."""
+    found: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
+        if settings not in found:
+            found.append(settings)
+    return found
