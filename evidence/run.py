@@ -10,11 +10,13 @@ from typing import Any
 
 import certified
 import ladder_retrained
+import recovery
 from kills import prove
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
 NUM_KILLS = 200
+NUM_FAULTS = 10
 
 
 def _losses(record: dict[str, Any]) -> str:
@@ -29,6 +31,7 @@ def _losses(record: dict[str, Any]) -> str:
 def main() -> None:
     certified.main()
     records = prove(RECORDS / "kills", NUM_KILLS)
+    faults = recovery.prove(RECORDS / "recovery", NUM_FAULTS)
     held_out, prose = ladder_retrained.prove(RECORDS / "ladder")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -48,6 +51,9 @@ Written by `make evidence`, commit {commit}, {date.today()}. CI runs a seeded te
 | a run that saves at every step, killed with SIGKILL and resumed (`evidence/kills.py`) | \
 {len(records)} kills, {partial} of them in the middle of a save | every logged loss equals the \
 uninterrupted run's, every newest complete checkpoint is whole |
+| supervised runs on four ranks, of which a random one is killed or stopped \
+(`evidence/recovery.py`) | {len(faults)} faults on {len(recovery.LAYOUTS)} layouts | \
+{recovery.summary(faults)} (least / median / most), every logged loss equals one rank's |
 | SmolLM2's upper half converted to a ladder residual and trained again \
 (`evidence/ladder_retrained.py`) | {held_out["steps"]} steps, {held_out["tokens"]:,} tokens, \
 {held_out["core_s"]:,.0f} s of a core | {_losses(held_out)}; {_losses(prose)} |
