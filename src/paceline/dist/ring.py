@@ -331,6 +331,16 @@ class RingReader:
         """Of the run."""
         return self._names.mesh
 
+    @property
+    def host(self) -> str:
+        """Where its process runs."""
+        return self._names.host
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return int(self._words[_WORDS["pid"]])
+
     def is_current(self) -> bool:
         """Whether the rank has not begun another ring since, as it does when it is started again."""
         try:

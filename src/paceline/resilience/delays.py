@@ -13,10 +13,11 @@ UNIT_BYTES = 1 << 16
 """A delay counts for so many bytes; what is smaller costs latency alone, and counts as one unit."""
 MIN_TRANSFERS = 8
 """Fewer of a pair say nothing."""
-HOT = 3.0
-"""A pair is slow where nearly all its delays are so many times the usual one of the others."""
-HOT_S = 2e-3
-"""And where they are longer than this: a scheduler may well take a millisecond."""
+HOT = 4.0
+"""A pair is slow where its usual delay is so many times that of the others."""
+HOT_S = 4e-3
+"""And longer than this: where ranks share a core, one that a transfer wakes may have to wait for a
+slice of the scheduler, 3 ms, each time."""
 WAITED_S = 1e-4
 """A wait that is shorter has found the tensor there."""
 
@@ -40,20 +41,15 @@ class Slow(NamedTuple):
 class Cell(NamedTuple):
     """One entry of the matrix: the delays of a pair.
 
-    What delays all transfers shows in the lower quartile, and what delays some, as a scheduler
-    does, does not.
-
     Attributes:
-        least_s: lower quartile of whole delays.
-        low_s: lower quartile of delays for a unit of bytes.
-        middle_s: median of these.
-        mean_s: of whole delays.
+        delay_s: median.
+        unit_s: median for a unit of bytes.
+        mean_s: mean.
         num_transfers: that they are of.
     """
 
-    least_s: float
-    low_s: float
-    middle_s: float
+    delay_s: float
+    unit_s: float
     mean_s: float
     num_transfers: int
 
@@ -61,8 +57,8 @@ class Cell(NamedTuple):
 def delays(traces: Sequence[RankTrace]) -> dict[tuple[str, ...], dict[Pair, Cell]]:
     """For the ways along each axis: from source and destination to the delay.
 
-    The delay of a transfer is the time from when both ends had begun it until it was there. That is
-    known where the receiver has waited for it to come; of one that had come before, nothing is.
+    The delay of a transfer is the time from when both ends had begun it, and the receiver waited,
+    until it was there. Of one that had come before it was waited for, nothing is known.
     """
     found: defaultdict[tuple[str, ...], defaultdict[Pair, list[tuple[float, float]]]]
     found = defaultdict(lambda: defaultdict(list))
@@ -71,7 +67,7 @@ def delays(traces: Sequence[RankTrace]) -> dict[tuple[str, ...], dict[Pair, Cell
         assert received.leave_s is not None
         if received.leave_s - received.wait_s < WAITED_S:
             continue
-        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.enter_s))
+        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.wait_s))
         source, destination = channel.members
         units = max(1.0, received.size_bytes / UNIT_BYTES)
         found[channel.axes][source, destination].append((delay_s, delay_s / units))
@@ -108,19 +104,18 @@ def _transfers(traces: Sequence[RankTrace]) -> list[tuple[Channel, Call, Call]]:
 
 def _cell(times: Sequence[tuple[float, float]]) -> Cell:
     whole, of_unit = zip(*times, strict=True)
-    least_s, _, _ = statistics.quantiles(whole, n=4)
-    low_s, middle_s, _ = statistics.quantiles(of_unit, n=4)
-    return Cell(least_s, low_s, middle_s, statistics.mean(whole), len(times))
+    middle_s, unit_s = statistics.median(whole), statistics.median(of_unit)
+    return Cell(middle_s, unit_s, statistics.mean(whole), len(times))
 
 
 def _is_hot(pair: Pair, cells: Mapping[Pair, Cell]) -> bool:
-    """Whether a pair is slower than the others in nearly all of its transfers."""
+    """Whether a pair is slower than the others along the axis."""
     others = [cell for other, cell in cells.items() if other != pair]
     if not others:
         return False
     cell = cells[pair]
-    usual_s = statistics.median(other.middle_s for other in others)
-    return cell.least_s > HOT_S and cell.low_s > HOT * usual_s
+    usual_s = statistics.median(other.unit_s for other in others)
+    return cell.delay_s > HOT_S and cell.unit_s > HOT * usual_s
 
 
 def _named(axis: str, hot: set[Pair], cells: Mapping[Pair, Cell]) -> Slow:
@@ -133,13 +128,13 @@ def _named(axis: str, hot: set[Pair], cells: Mapping[Pair, Cell]) -> Slow:
             if len(own) > 1 and own <= hot:
                 text = f"all that rank {rank} {verb} along {axis} is slow: {_figures(own, cells)}"
                 return Slow(kind, (rank,), text)
-    pair = max(hot, key=lambda pair: cells[pair].low_s)
+    pair = max(hot, key=lambda pair: cells[pair].unit_s)
     text = f"rank {pair[0]} to rank {pair[1]} along {axis} is slow: {_figures({pair}, cells)}"
     return Slow("slow-link", pair, text)
 
 
 def _figures(slow: set[Pair], cells: Mapping[Pair, Cell]) -> str:
-    own_s = statistics.median(cells[pair].middle_s for pair in slow)
-    usual_s = statistics.median(c.middle_s for pair, c in cells.items() if pair not in slow)
+    own_s = statistics.median(cells[pair].unit_s for pair in slow)
+    usual_s = statistics.median(c.unit_s for pair, c in cells.items() if pair not in slow)
     unit = f"a unit of {UNIT_BYTES >> 10} KiB"
     return f"{own_s * 1e3:.2f} ms for {unit}, where others take {usual_s * 1e3:.2f} ms"

@@ -54,8 +54,9 @@ class Rings:
             except (OSError, DataError):  # not yet, or not yet whole
                 self._readers.pop(rank, None)
                 return None
-        trace = reader.read(is_whole=is_whole)
-        return replace(trace, process=_process(trace))
+        # The process before its ring: one that ends in between has said so, and is not missed.
+        process = _process(reader.pid, reader.host)
+        return replace(reader.read(is_whole=is_whole), process=process)
 
 
 def verdict_path(run: Path) -> Path:
@@ -76,12 +77,12 @@ def pids(run: Path) -> dict[int, int]:
     return {trace.rank: trace.pid for trace in traces}
 
 
-def _process(trace: RankTrace) -> Process:
+def _process(pid: int, host: str) -> Process:
     """What this machine's kernel says of a rank's process."""
-    if trace.host != socket.gethostname():
+    if host != socket.gethostname():
         return "unknown"
     try:
-        text = Path(f"/proc/{trace.pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return "unknown" if not Path("/proc/self").exists() else "gone"
     state = text.rpartition(")")[2].split()[0]  # a name in brackets comes before it
