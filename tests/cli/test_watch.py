@@ -46,7 +46,8 @@ def rings(tmp_path):
         ring.close("done")
 
 
-def test_one_look_as_data(paceline, rings):
+@pytest.mark.usefixtures("rings")
+def test_one_look_as_data(paceline):
     done = paceline("--once", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -62,7 +63,8 @@ def test_one_look_as_data(paceline, rings):
     assert found["verdict"] is None
 
 
-def test_one_look_as_a_table(paceline, rings, tmp_path):
+@pytest.mark.usefixtures("rings")
+def test_one_look_as_a_table(paceline, tmp_path):
     verdict = {"time_s": 0.0, "kind": "hang", "ranks": [1], "evidence": "it never came"}
     (tmp_path / "watch" / "verdict.json").write_text(json.dumps(verdict))
     done = paceline("--once")
@@ -87,7 +89,8 @@ def test_a_run_that_was_not_watched_says_so(paceline, tmp_path):
     assert "hint: set resilience.watch = true" in done.stderr
 
 
-def test_data_is_of_one_look(paceline, rings):
+@pytest.mark.usefixtures("rings")
+def test_data_is_of_one_look(paceline):
     done = paceline("--json")
     assert done.returncode == 2
     assert "--json goes with --once" in done.stderr

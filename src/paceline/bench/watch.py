@@ -115,7 +115,8 @@ def _work(
             return window()
 
     for _ in range(2):
-        watched(), window()
+        watched()
+        window()
     # Either side comes first in every other pair: a machine that slows down favours neither.
     ours: list[float] = []
     peer: list[float] = []
