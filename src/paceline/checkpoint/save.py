@@ -12,13 +12,21 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import paceline
-from paceline.checkpoint.manifest import FileEntry, Manifest, TensorEntry, complete_checkpoints
+from paceline.checkpoint.copies import check_copies
+from paceline.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Progress,
+    TensorEntry,
+    complete_checkpoints,
+)
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.quiet import quiet
 from paceline.core.errors import PacelineError
 from paceline.core.files import sha256, sync_file
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, named_parts
+from paceline.plan.declared import Declared
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -26,10 +34,13 @@ from paceline.plan.plan import Plan
 def save(
     folder: Path,
     step: int,
-    parts: Mapping[str, Part],
+    parts: NamedParts,
     plan: Plan,
     spec: ModelSpec,
     world: World,
+    *,
+    progress: Progress | None = None,
+    declared: Mapping[str, Declared] | None = None,
 ) -> Path:
     """Writes ``folder/step-N``; called by every rank with what it holds.
 
@@ -41,8 +52,10 @@ def save(
         The checkpoint, complete once this returns on the first rank.
 
     Raises:
+        RankError: ranks hold different bits of what should be copies; nothing has been written.
         PacelineError: it could not be written, for example for want of space.
     """
+    check_copies(parts, world)
     target = folder / f"step-{step}"
     retired = folder / f".retired-step-{step}"
     if world.is_first:
@@ -54,7 +67,7 @@ def save(
     world.barrier()
     _write(target, parts, no_dist=world.mesh.num_ranks == 1)
     if world.is_first:
-        _manifest(target, step, plan, spec).commit(target)
+        _manifest(target, step, plan, spec).stating(progress, declared or {}).commit(target)
         sync_file(folder)
         shutil.rmtree(retired, ignore_errors=True)
         _drop_old(folder, plan.checkpoint.keep)
@@ -62,8 +75,9 @@ def save(
     return target
 
 
-def _write(target: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
-    named: dict[str, object] = {name: part.local for name, part in parts.items()}
+def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
+    parts = named_parts(parts)
+    named: dict[str, object] = {name: part.local for name, part in parts}
     try:
         with quiet():
             writer = FileSystemWriter(target, sync_files=True)

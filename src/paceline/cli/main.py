@@ -30,6 +30,7 @@ from paceline.cli import (
     watch,
 )
 from paceline.core.errors import PacelineError
+from paceline.dist.launch import is_spoken_for
 
 _USAGE, _INTERRUPTED = 2, 130
 _AFTERMATH_S = 5.0
@@ -89,6 +90,7 @@ def main() -> None:
         sys.exit(exit_code)
     except PacelineError as error:
         _fail_if_interrupted()
+        _leave_to_launcher(error)
         fail(error.message, error.hint, error.exit_code)
     except _CommandLineError as error:
         known = {command.name for command in typer.main.get_group(app).commands.values()}
@@ -97,9 +99,18 @@ def main() -> None:
         fail(error.format_message(), hint, _USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", "", _INTERRUPTED)
-    except Exception:
+    except Exception as error:
         _fail_if_interrupted()
+        _leave_to_launcher(error)
         raise
+
+
+def _leave_to_launcher(error: Exception) -> None:
+    """Ends this process, if it is a rank of which `launch_ranks` tells what has ended it."""
+    if is_spoken_for():
+        from paceline.dist.failure import hand_over
+
+        hand_over(error)
 
 
 def _fail_if_interrupted() -> None:

@@ -186,16 +186,47 @@ class World:
         """
         if self.degree(axis) == 1:
             return rows
+        return self._all_to_all(rows, (axis,), sent, received, purpose)
+
+    def exchange(
+        self, elements: Tensor, sent: Sequence[int], received: Sequence[int], *, purpose: str
+    ) -> Tensor:
+        """Gives every rank of the world some elements, and takes what each gives.
+
+        Args:
+            elements: sorted by the rank that they go to.
+            sent: how many go to each rank; none to this one.
+            received: how many come from each.
+            purpose: written down with the bytes that leave this rank.
+
+        Returns:
+            What has come, in order of rank.
+        """
+        if self.mesh.num_ranks == 1:
+            return elements
+        return self._all_to_all(elements, (), sent, received, purpose)
+
+    def _all_to_all(
+        self,
+        rows: Tensor,
+        axes: tuple[str, ...],
+        sent: Sequence[int],
+        received: Sequence[int],
+        purpose: str,
+    ) -> Tensor:
+        """Among the ranks that differ on some axes; of no axes: all ranks."""
+        index = self.coordinate(axes[0]) if axes else self.rank
         found = rows.new_empty(sum(received), *rows.shape[1:])
-        leaving = len(rows) - sent[self.coordinate(axis)]
-        call = self.traffic.enter("all-to-all", (axis,), rows[:leaving].nbytes, purpose)
-        if self.device.type == "cpu":
+        leaving = len(rows) - sent[index]
+        call = self.traffic.enter("all-to-all", axes, rows[:leaving].nbytes, purpose)
+        if axes and self.device.type == "cpu":
             # Gloo does the same inside; here it is seen how long each pair takes.
             given = rows.contiguous().split(list(sent))
-            self._exchange(given, found.split(list(received)), axis, purpose)
+            self._exchange(given, found.split(list(received)), axes[0], purpose)
         else:
+            group = self._group(axes) if axes else None
             torch.distributed.all_to_all_single(
-                found, rows.contiguous(), list(received), list(sent), group=self._group((axis,))
+                found, rows.contiguous(), list(received), list(sent), group=group
             )
         self.traffic.leaves(call)
         return found
@@ -384,7 +415,9 @@ def _place() -> tuple[int, int]:
     return (environment.rank, environment.world_size) if environment else (0, 1)
 
 
-def make_group(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
+def make_group(
+    mesh: MeshConfig, rank: int, axes: tuple[str, ...]
+) -> torch.distributed.ProcessGroup:
     """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
     made = {members: torch.distributed.new_group(list(members)) for members in mesh.groups(axes)}
     mine = next(group for members, group in made.items() if rank in members)

@@ -11,6 +11,7 @@ import torch
 
 import paceline
 from paceline.checkpoint.load import load
+from paceline.checkpoint.manifest import read_manifest
 from paceline.checkpoint.save import save
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
@@ -31,6 +32,7 @@ from paceline.train.evaluate import evaluate
 from paceline.train.inputs import open_inputs, require_same_model
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
+from paceline.train.progress import progress_of, require_same_order
 from paceline.train.records import EvalRecord, RunRecord, SaveRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.state import State
@@ -77,11 +79,14 @@ class Trainer:
         """Takes up the state that a checkpoint holds.
 
         Raises:
-            UsageError: it holds additions to a model whose weights are others now.
+            UsageError: it holds additions to a model whose weights are others now, or it has read
+                its data in another order.
             DataError: it is damaged, or another run's.
         """
         if self.state.model.added:
             require_same_model(self.config, self.source)
+        progress = read_manifest(checkpoint).progress
+        require_same_order(checkpoint, progress, self.plan, self.config)
         manifest = load(checkpoint, self.state.parts(), self.world)
         self.state.model.finish_update()
         self.state.step = manifest.step
@@ -175,6 +180,8 @@ class Trainer:
                 self.plan,
                 self.source.spec,
                 self.world,
+                progress=progress_of(self.state.step, self.plan, self.config, self.state.optimizer),
+                declared=self.state.declared(self.source.spec),
             )
         time_s = self.clock.now_s() - start_s
         self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))

@@ -21,9 +21,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "checkpoint.levels": (("disk",),),
     "checkpoint.buffer_bytes": (0,),
     "checkpoint.on_error": ("stop",),
-    "resilience.on_failure": ("stop",),
-    "resilience.max_restarts": (0,),
-    "resilience.shrink_plans": ((),),
     "serve.kv_memory_bytes": (None,),
     "serve.weights": ("auto",),
     "serve.max_sequences": (1,),
@@ -73,6 +70,7 @@ NOT_NEGATIVE = (
     "optimizer.schedule.warmup_steps",
     "optimizer.schedule.final_fraction",
     "checkpoint.keep",
+    "resilience.max_restarts",
 )
 
 
