@@ -8,21 +8,29 @@ from hypothesis import strategies as st
 from traces import NOW_S, STEP_S, WORLD, call, group, meetings, stopped, trace, way
 
 from paceline.dist.calls import Channel, RankTrace, StepTimes
-from paceline.resilience.verdict import FLOOR_S, PHASE_S, Verdict, judge, timeouts_of
+from paceline.resilience.verdict import (
+    FLOOR_S,
+    LATE_FLOOR_S,
+    PHASE_S,
+    Verdict,
+    judge,
+    timeouts_of,
+)
 
 PATIENCE = 20.0
+LONG_S = 20.0
 
 
 def verdict(*traces: RankTrace, now_s: float = NOW_S) -> Verdict | None:
     return judge(traces, now_s, patience=PATIENCE)
 
 
-def waits(rank: int, channel: Channel, sequence: int, *, for_s: float = 3.0) -> RankTrace:
+def waits(rank: int, channel: Channel, sequence: int, *, for_s: float = LONG_S) -> RankTrace:
     return trace(rank, call(channel, sequence, NOW_S - for_s, None))
 
 
 def left(rank: int, channel: Channel, sequence: int) -> RankTrace:
-    return trace(rank, call(channel, sequence, NOW_S - 3.2, NOW_S - 3.1))
+    return trace(rank, call(channel, sequence, NOW_S - LONG_S - 2, NOW_S - LONG_S - 1))
 
 
 # Time-outs
@@ -32,6 +40,7 @@ def test_timeouts_follow_from_the_steps():
     found = timeouts_of([trace(0)], PATIENCE)
     assert found.step_s == pytest.approx(STEP_S)
     assert found.hang_s == FLOOR_S  # steps of a tenth of a second, all alike
+    assert found.late_s == LATE_FLOOR_S
     assert found.phase_s == PHASE_S
 
 
@@ -44,7 +53,7 @@ def test_timeouts_grow_with_the_steps_and_with_their_spread():
     assert spread.hang_s == 100  # 10 medians; 20 deviations of 1.4826 s are 39.7 s
     assert timeouts_of([run(8, 9, 10, 11, 12)], 100).hang_s == pytest.approx(10 + 148.26)
     outlier = timeouts_of([run(1, 1, 1, 1, 500)], PATIENCE)
-    assert outlier.hang_s == 10
+    assert (outlier.hang_s, outlier.late_s) == (10, 30)
 
 
 def test_steps_with_a_save_have_no_usual_length_and_few_steps_none_at_all():
@@ -53,7 +62,7 @@ def test_steps_with_a_save_have_no_usual_length_and_few_steps_none_at_all():
     mixed = replace(trace(0), steps=(*trace(0).steps, *(slow,) * 20))
     assert timeouts_of([mixed], PATIENCE).step_s == pytest.approx(STEP_S)
     early = replace(trace(0), steps=trace(0).steps[:2])
-    assert timeouts_of([early], PATIENCE) == (None, PHASE_S, PHASE_S)
+    assert timeouts_of([early], PATIENCE) == (None, PHASE_S, PHASE_S, PHASE_S)
 
 
 # Ranks that have ended
@@ -99,13 +108,22 @@ def test_who_never_came_is_named():
     found = verdict(waits(0, WORLD, 7), waits(1, WORLD, 7), left(2, WORLD, 6), waits(3, WORLD, 7))
     assert found is not None
     assert (found.kind, found.ranks) == ("hang", (2,))
-    assert "rank(s) 0, 1, 3 have waited up to 3.0 s in all-reduce 7 of world" in found.evidence
+    assert "rank(s) 0, 1, 3 have waited up to 20.0 s in all-reduce 7 of world" in found.evidence
     assert "its process runs and has not come; last in all-reduce 6" in found.evidence
 
 
-def test_nobody_is_named_before_the_timeout():
-    late = [waits(r, WORLD, 7, for_s=1.9) for r in (0, 1, 3)]
-    assert verdict(*late, left(2, WORLD, 6)) is None
+@pytest.mark.parametrize(("is_stopped", "limit_s"), [(True, FLOOR_S), (False, LATE_FLOOR_S)])
+def test_nobody_is_named_before_the_timeout(is_stopped, limit_s):
+    culprit = stopped(left(2, WORLD, 6), since_s=3.0) if is_stopped else left(2, WORLD, 6)
+
+    def after(for_s: float) -> Verdict | None:
+        culprit_now = replace(culprit, process="running") if for_s < FLOOR_S else culprit
+        return verdict(*(waits(r, WORLD, 7, for_s=for_s) for r in (0, 1, 3)), culprit_now)
+
+    assert after(limit_s - 0.1) is None
+    found = after(limit_s + 0.1)
+    assert found is not None
+    assert found.ranks == (2,)
 
 
 @pytest.mark.parametrize("phase", ["starting", "saving", "evaluating"])
@@ -157,7 +175,7 @@ def test_who_waits_is_followed_to_who_waits_for_nobody():
     found = verdict(
         waits(0, group(0, 1, 2), 4),
         waits(1, group(0, 1, 2), 4),
-        trace(2, call(way(3, 2), 9, NOW_S - 3, None, operation="receive")),
+        trace(2, call(way(3, 2), 9, NOW_S - LONG_S, None, operation="receive")),
         trace(3, reached={way(3, 2): 8}),
     )
     assert found is not None
@@ -166,7 +184,7 @@ def test_who_waits_is_followed_to_who_waits_for_nobody():
 
 def test_a_sent_tensor_that_does_not_come_is_the_transports_fault():
     found = verdict(
-        trace(0, call(way(1, 0), 3, NOW_S - 3, None, operation="receive")),
+        trace(0, call(way(1, 0), 3, NOW_S - LONG_S, None, operation="receive")),
         trace(1, reached={way(1, 0): 3}),
     )
     assert found is not None
@@ -175,9 +193,9 @@ def test_a_sent_tensor_that_does_not_come_is_the_transports_fault():
 
 def test_ranks_that_wait_for_each_other_are_a_deadlock():
     found = verdict(
-        trace(0, call(way(1, 0), 3, NOW_S - 3, None, operation="receive")),
-        trace(1, call(way(2, 1), 3, NOW_S - 3, None, operation="receive")),
-        trace(2, call(way(0, 2), 3, NOW_S - 3, None, operation="receive")),
+        trace(0, call(way(1, 0), 3, NOW_S - LONG_S, None, operation="receive")),
+        trace(1, call(way(2, 1), 3, NOW_S - LONG_S, None, operation="receive")),
+        trace(2, call(way(0, 2), 3, NOW_S - LONG_S, None, operation="receive")),
         trace(3),
     )
     assert found is not None
