@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "evidence"))
-
-import faults
-
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 
-def test_the_culprit_is_named_and_a_clean_run_raises_no_alarm(tmp_path):
+def test_the_culprit_is_named_and_a_clean_run_raises_no_alarm(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "evidence"))
+    import faults
+
     trials = {kind: count // 10 for kind, count in faults.NUM_TRIALS.items()}
     records = faults.prove(tmp_path / "faults.jsonl", trials)
     assert [record for record in records if not record["is_right"]] == []
