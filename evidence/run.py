@@ -50,8 +50,8 @@ Written by `make evidence`, commit {commit}, {date.today()}. CI runs a seeded te
 | a run that saves at every step, killed with SIGKILL and resumed (`evidence/kills.py`) | \
 {len(records)} kills, {partial} of them in the middle of a save | every logged loss equals the \
 uninterrupted run's, every newest complete checkpoint is whole |
-| a rank that dies, stops or sleeps, or a link that slows down, of four ranks whose collectives are \
-watched (`evidence/faults.py`) | {len(found)} trials | {faults.summary(found)} |
+| a rank that dies, stops or sleeps, or a link that slows down, of four watched ranks \
+(`evidence/faults.py`) | {len(found)} trials | {faults.summary(found)} |
 | SmolLM2's upper half converted to a ladder residual and trained again \
 (`evidence/ladder_retrained.py`) | {held_out["steps"]} steps, {held_out["tokens"]:,} tokens, \
 {held_out["core_s"]:,.0f} s of a core | {_losses(held_out)}; {_losses(prose)} |
