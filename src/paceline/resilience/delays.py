@@ -11,15 +11,15 @@ from paceline.dist.calls import Call, Channel, RankTrace
 
 UNIT_BYTES = 1 << 16
 """A delay counts for so many bytes; what is smaller costs latency alone, and counts as one unit."""
-MIN_TRANSFERS = 8
+MIN_TRANSFERS = 6
 """Fewer of a pair say nothing."""
 HOT = 4.0
 """A pair is slow where its usual delay is so many times that of the others."""
-HOT_S = 4e-3
+HOT_S = 8e-3
 """And longer than this: where ranks share a core, one that a transfer wakes may have to wait for a
-slice of the scheduler, 3 ms, each time."""
-WAITED_S = 1e-4
-"""A wait that is shorter has found the tensor there."""
+slice of the scheduler or two, 3 ms each, every time."""
+WAITED_S = 1e-3
+"""A wait that is shorter may have found the tensor there."""
 
 Pair = tuple[int, int]
 
@@ -57,8 +57,8 @@ class Cell(NamedTuple):
 def delays(traces: Sequence[RankTrace]) -> dict[tuple[str, ...], dict[Pair, Cell]]:
     """For the ways along each axis: from source and destination to the delay.
 
-    The delay of a transfer is the time from when both ends had begun it, and the receiver waited,
-    until it was there. Of one that had come before it was waited for, nothing is known.
+    The delay of a transfer is the time from when both ends had begun it until it was there. That is
+    known where the receiver has waited for it to come; of one that had come before, nothing is.
     """
     found: defaultdict[tuple[str, ...], defaultdict[Pair, list[tuple[float, float]]]]
     found = defaultdict(lambda: defaultdict(list))
@@ -67,7 +67,7 @@ def delays(traces: Sequence[RankTrace]) -> dict[tuple[str, ...], dict[Pair, Cell
         assert received.leave_s is not None
         if received.leave_s - received.wait_s < WAITED_S:
             continue
-        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.wait_s))
+        delay_s = max(0.0, received.leave_s - max(sent.enter_s, received.enter_s))
         source, destination = channel.members
         units = max(1.0, received.size_bytes / UNIT_BYTES)
         found[channel.axes][source, destination].append((delay_s, delay_s / units))
