@@ -49,7 +49,7 @@ PER_START: dict[Kind, int] = {"crash": 1, "stop": 1, "sleep": 10, "slow": 10, "c
 PATIENCE = 20.0
 LEAST_DELAY_S = 2e-3
 """What a transfer is taken to need at least, before it is slowed tenfold. Where four ranks share
-two cores it often takes a slice of the scheduler, and a delay within that is no fault to be found."""
+two cores it often takes a slice of the scheduler; a delay within that is no fault to be found."""
 PLANS = {
     "dp 4": Plan(mesh=MeshConfig(dp_replicate=4)),
     "pp 4": Plan(mesh=MeshConfig(pp=4), zero=ZeroConfig(stage=0)),
