@@ -57,6 +57,11 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     format: int = FORMAT
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all files but itself."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
     def commit(self, folder: Path) -> None:
         """Makes the checkpoint complete."""
         data = asdict(self)

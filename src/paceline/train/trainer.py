@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 import paceline
+from paceline.checkpoint import SAVERS
+from paceline.checkpoint.base import SavedRun, Saver, Told
 from paceline.checkpoint.load import load
-from paceline.checkpoint.save import save
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
 from paceline.dist.world import World
@@ -31,7 +32,7 @@ from paceline.train.evaluate import evaluate
 from paceline.train.inputs import open_inputs, require_same_model
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
-from paceline.train.records import EvalRecord, RunRecord, SaveRecord, StepRecord
+from paceline.train.records import EvalRecord, RunRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.state import State
 from paceline.train.step import StepResult, train_step
@@ -89,7 +90,10 @@ class Trainer:
     def run(self) -> StepRecord | None:
         """Takes the steps that are left and returns the last one's record."""
         record = None
-        with closing(RecordWriter(self.folder.records(self.world.rank))) as self._records:
+        with (
+            closing(RecordWriter(self.folder.records(self.world.rank))) as self._records,
+            closing(self._open_saver()) as saver,
+        ):
             self._begin()
             self._evaluate_if_due()
             while self.state.step < self.config.steps:
@@ -103,12 +107,15 @@ class Trainer:
                     self.world,
                     learning_rate=rate,
                     max_norm=self.plan.optimizer.clip_norm,
+                    before_update=saver.fence,
                 )
                 synchronize(self.world.device)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
+                self._tell(saver.poll())
                 if self._is_save_due():
-                    self._save()
+                    saver.begin(self.state.step, self.state.parts())
                 self._evaluate_if_due()
+            self._tell(saver.finish())
         return record
 
     def _begin(self) -> None:
@@ -163,19 +170,15 @@ class Trainer:
         assert isinstance(interval, int)
         return self.state.step % interval == 0 or self.state.step == self.config.steps
 
-    def _save(self) -> None:
-        start_s = self.clock.now_s()
-        path = save(
-            self.folder.checkpoints,
-            self.state.step,
-            self.state.parts(),
-            self.plan,
-            self.source.spec,
-            self.world,
-        )
-        time_s = self.clock.now_s() - start_s
-        self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
-        self._say(f"saved {path} in {time_s:.1f} s")
+    def _open_saver(self) -> Saver:
+        run = SavedRun(self.folder.path, self.plan, self.source.spec, self.world)
+        return SAVERS.load(self.plan.checkpoint.method)(run, self.state.parts())
+
+    def _tell(self, saves: list[Told]) -> None:
+        """Writes down what has become of saves."""
+        for record in saves:
+            self._records.write(record)
+            self._say(str(record))
 
     def _evaluate_if_due(self) -> None:
         step = self.state.step
