@@ -10,6 +10,7 @@ BENCHMARKS = NameTable(
         "axes": "paceline.bench.axes:run",
         "vocabulary": "paceline.bench.vocabulary:run",
         "ladder": "paceline.bench.ladder:run",
+        "checkpoint": "paceline.bench.checkpoint:run",
     },
 )
 """Name to ``run(...)``, which gives an `Outcome`, or several by name, and whose keywords are the

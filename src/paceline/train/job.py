@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     """
     environment = rank_environment()
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
-    with open_world(job.plan.mesh, device) as world:
+    with open_world(job.plan.mesh, device) as world, ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(job.folder.held())
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
         if job.checkpoint is None and world.is_first:  # not before the data has been found sound
             job.folder.start(trainer.config, job.plan, source.files)

@@ -12,6 +12,7 @@ import torch
 import paceline
 from paceline.checkpoint import SAVERS
 from paceline.checkpoint.base import SavedRun, Saver, Told
+from paceline.checkpoint.interval import Interval
 from paceline.checkpoint.load import load
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
@@ -96,6 +97,7 @@ class Trainer:
         ):
             self._begin()
             self._evaluate_if_due()
+            self._interval = Interval(self.plan.checkpoint, self.world, self.state.step)
             while self.state.step < self.config.steps:
                 start_s = self.clock.now_s()
                 step = self.state.step + 1
@@ -111,9 +113,11 @@ class Trainer:
                 )
                 synchronize(self.world.device)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
+                self._interval.note_step(record.time_s)
                 self._tell(saver.poll())
-                if self._is_save_due():
-                    saver.begin(self.state.step, self.state.parts())
+                if self._interval.is_due(step) or step == self.config.steps:
+                    self._interval.begin(step)
+                    saver.begin(step, self.state.parts())
                 self._evaluate_if_due()
             self._tell(saver.finish())
         return record
@@ -165,17 +169,13 @@ class Trainer:
         self._say(log_line(record, self.config.steps))
         return record
 
-    def _is_save_due(self) -> bool:
-        interval = self.plan.checkpoint.interval_steps
-        assert isinstance(interval, int)
-        return self.state.step % interval == 0 or self.state.step == self.config.steps
-
     def _open_saver(self) -> Saver:
         run = SavedRun(self.folder.path, self.plan, self.source.spec, self.world)
         return SAVERS.load(self.plan.checkpoint.method)(run, self.state.parts())
 
     def _tell(self, saves: list[Told]) -> None:
         """Writes down what has become of saves."""
+        self._interval.note_saves(saves)
         for record in saves:
             self._records.write(record)
             self._say(str(record))
