@@ -119,7 +119,9 @@ class Interval:
     def note_saves(self, saves: Sequence[Told]) -> None:
         """Takes in what has become of saves."""
         for told in saves:
-            if told.level == self._config.levels[0]:
+            if told.level != self._config.levels[0]:
+                continue
+            if told.step == self._last:  # else another is being written since
                 self._is_writing = False
-                if isinstance(told, SaveRecord):
-                    self._measured.saves.append((told.time_s, told.write_s))
+            if isinstance(told, SaveRecord):
+                self._measured.saves.append((told.time_s, told.write_s))
