@@ -55,7 +55,7 @@ def test_a_run_and_its_resumption(tmp_path, data):
     assert losses(tmp_path / "half")[1] == losses(tmp_path / "whole")[1]
     assert rest.step == 6
     assert set(losses(tmp_path / "half")) == set(range(1, 7))
-    with pytest.raises(UsageError, match="at step 6 of 3: done"):
+    with pytest.raises(UsageError, match="at step 6 of 6: done"):
         pl.Trainer.resume(tmp_path / "half")
 
 

@@ -66,13 +66,19 @@ def test_inspect_says_what_the_newest_checkpoint_holds(checkpoint, run):
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found.keys() == {
-        *("path", "step", "versions", "plan", "model", "files", "tensors", "format"),
+        *("path", "step", "versions", "plan", "model", "files", "tensors", "progress", "format"),
     }
     assert found["path"] == str(run / "checkpoints" / f"step-{STEPS}")
     assert found["step"] == STEPS
     assert found["plan"]["train"]["sequence_length"] == 16
     assert found["model"]["family"] == "llama"
-    assert found["tensors"]["model.norm.weight"] == {"shape": [48], "dtype": "float32"}
+    assert found["tensors"]["model.norm.weight"] == {
+        "shape": [48],
+        "dtype": "float32",
+        "axes": ["norm"],
+        "pieces": [],
+    }
+    assert found["progress"]["cursor"]["tokens"] == STEPS * 64
     assert set(found["files"]) == {".metadata", "__0_0.distcp"}
 
     code, out, _ = checkpoint("inspect", run / "checkpoints" / "step-1")

@@ -113,9 +113,10 @@ def test_a_rank_that_dies_in_a_step_ends_the_run_with_its_name(run, tmp_path, ax
     assert_told(ended, f"rank 1 ({axis}=1) {how}", hint, is_traced=end == "exception")
 
 
-def test_a_rank_that_exits_ends_the_run_with_its_code(run):
+def test_a_rank_that_exits_ends_the_run_with_its_code(run, tmp_path):
     ended = run((), "pp", "exit", saves=50)
-    hint = "no checkpoint is complete yet (checkpoint.interval_steps): begin anew, in another --out"
+    nothing = "no checkpoint is complete yet (checkpoint.interval_steps)"
+    hint = f"paceline train --resume {tmp_path / 'run'} begins anew: {nothing}"
     message = "rank 1 (pp=1) has ended itself, with exit code 3\n"
     assert_told(ended, message, hint, is_traced=False)
 

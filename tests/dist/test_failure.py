@@ -26,7 +26,7 @@ def left(error: Exception, time_s: float, exit_code: int = 1) -> End:
         failure = Failure.of(caught)
     data = {"time_s": time_s} | {
         name: getattr(failure, name)
-        for name in ("kind", "message", "hint", "traceback", "exit_code")
+        for name in ("kind", "message", "hint", "traceback", "exit_code", "comes_again")
     }
     return End(exit_code, Failure(**data))
 

@@ -63,7 +63,7 @@ def test_a_ring_on_one_axis_and_its_traffic(axis):
         peers.send(torch.tensor([rank]), (index + 1) % 3, "tokens")
         found = int(peers.receive((1,), torch.int64, (index - 1) % 3, "tokens").wait())
         peers.finish()
-        return found, world.traffic.transfers
+        return found, list(world.traffic.transfers)
 
     results = run_ranks(work, 6)
     for rank, (found, transfers) in enumerate(results):

@@ -26,6 +26,31 @@ def test_boxes_meet(other, shared):
     assert Box((2,), (3,)).meet(other) == shared
 
 
+@pytest.mark.parametrize(
+    ("other", "left"),
+    [
+        (Box((0, 0), (9, 9)), ()),
+        (Box((5, 0), (2, 9)), (Box((2, 3), (2, 4)),)),
+        (Box((2, 3), (0, 4)), (Box((2, 3), (2, 4)),)),
+        (Box((3, 4), (9, 2)), (Box((2, 3), (1, 4)), Box((3, 3), (1, 1)), Box((3, 6), (1, 1)))),
+    ],
+)
+def test_a_box_without_another(other, left):
+    assert Box((2, 3), (2, 4)).minus(other) == left
+    assert sum(box.num_elements for box in left) == 8 - Box((2, 3), (2, 4)).meet(other).num_elements
+
+
+def test_scalars_are_boxes_too():
+    scalar = Box.of_whole(())
+    assert scalar.num_elements == 1
+    assert scalar.meet(scalar) == scalar
+    assert scalar.minus(scalar) == ()
+
+
+def test_a_box_is_written_as_its_slices():
+    assert str(Box((2, 3), (2, 4))) == "[2:4, 3:7]"
+
+
 def test_rows_of_a_place_own_what_they_share_with_it():
     place = Place((8, 2), Box((2, 0), (4, 2)), Box((3, 0), (3, 2)))
     rows = place.rows(range(2))

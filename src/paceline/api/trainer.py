@@ -11,7 +11,7 @@ from paceline.models.hub import resolve
 from paceline.plan.check import require
 from paceline.plan.plan import Plan
 from paceline.train.inputs import require_sources
-from paceline.train.job import Job, new_job, resumed_job, run_job
+from paceline.train.job import Job, new_job, require_launcher, resumed_job, run_job
 from paceline.train.records import StepRecord
 from paceline.train.run import RunConfig, RunFolder
 
@@ -58,23 +58,33 @@ class Trainer:
         self._open(new_job(config, plan or Plan(), folder), device)
 
     @classmethod
-    def resume(cls, path: str | Path, *, steps: int | None = None, device: str = "auto") -> Trainer:
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        plan: Plan | None = None,
+        steps: int | None = None,
+        device: str = "auto",
+    ) -> Trainer:
         """A run to go on with.
 
         Args:
             path: a run folder, for its newest complete checkpoint; or a checkpoint in one.
+            plan: how the run goes on, if otherwise than before.
             steps: of the whole run, if they are to change.
             device: auto, cpu or cuda.
 
         Raises:
-            UsageError: no checkpoint there, or no step left to take.
+            UsageError: no run there, or no step left to take.
+            ConfigError: the plan has problems, or changes what a run stands on.
         """
         trainer = cls.__new__(cls)
-        trainer._open(resumed_job(Path(path), steps), device)
+        trainer._open(resumed_job(Path(path), steps, plan), device)
         return trainer
 
     def _open(self, job: Job, device: str) -> None:
         """Checks all that can be checked before ranks meet."""
+        require_launcher(job.plan)
         require_sources(job.config)
         self._source = resolve(job.config.model, seed=job.plan.train.seed)
         environment = rank_environment()

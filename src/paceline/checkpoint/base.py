@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from paceline.checkpoint.manifest import Progress
 from paceline.core.record import Record
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts
+from paceline.plan.declared import Declared
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -23,12 +25,14 @@ class SavedRun:
         plan: in force.
         spec: of the model.
         world: the ranks.
+        declared: what tensors are made of, by name.
     """
 
     folder: Path
     plan: Plan
     spec: ModelSpec
     world: World
+    declared: Mapping[str, Declared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,12 +98,18 @@ class Saver(Protocol):
     later ones do.
     """
 
-    def begin(self, step: int, parts: Mapping[str, Part]) -> None:
+    def begin(self, step: int, parts: NamedParts, progress: Progress | None = None) -> None:
         """Begins to save a state, which must not change before `fence` has returned.
 
         Waits for the save before it, of which one that has failed is told by all ranks alike.
 
+        Args:
+            step: whose state it is.
+            parts: of this rank, as they lay when the saver was made.
+            progress: of the run, for the manifest.
+
         Raises:
+            RankError: ranks hold different bits of what should be copies.
             PacelineError: the save before it has failed, or this one cannot begin.
         """
         ...

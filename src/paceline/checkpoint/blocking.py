@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from paceline.checkpoint.agree import agreed
 from paceline.checkpoint.base import LostSaveRecord, SavedRun, SaveRecord, Told
 from paceline.checkpoint.fill import SlowerLevels
 from paceline.checkpoint.levels import level_folder, require_levels, require_run_folder
-from paceline.checkpoint.manifest import read_manifest
+from paceline.checkpoint.manifest import Progress, read_manifest
 from paceline.checkpoint.save import save
 from paceline.core.errors import PacelineError
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts
 
 
 class BlockingSaver:
@@ -28,14 +27,23 @@ class BlockingSaver:
         self._levels = SlowerLevels(run)
         self._told: list[Told] = []
 
-    def begin(self, step: int, parts: Mapping[str, Part]) -> None:
+    def begin(self, step: int, parts: NamedParts, progress: Progress | None = None) -> None:
         plan, world = self._run.plan, self._run.world
         level = plan.checkpoint.levels[0]
         start_s = time.perf_counter()
         try:
             require_run_folder(self._run)
             folder = level_folder(self._run.folder, level)
-            path = save(folder, step, parts, plan, self._run.spec, world)
+            path = save(
+                folder,
+                step,
+                parts,
+                plan,
+                self._run.spec,
+                world,
+                progress=progress,
+                declared=self._run.declared,
+            )
         except PacelineError as error:
             if plan.checkpoint.on_error == "stop":
                 raise
@@ -70,6 +78,6 @@ class BlockingSaver:
         pass
 
 
-def build(run: SavedRun, _parts: Mapping[str, Part]) -> BlockingSaver:
+def build(run: SavedRun, _parts: NamedParts) -> BlockingSaver:
     """A saver of a run."""
     return BlockingSaver(run)

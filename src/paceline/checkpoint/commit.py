@@ -10,10 +10,16 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 import paceline
-from paceline.checkpoint.manifest import FileEntry, Manifest, TensorEntry, complete_checkpoints
+from paceline.checkpoint.base import SavedRun
+from paceline.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Progress,
+    TensorEntry,
+    complete_checkpoints,
+)
 from paceline.core.files import sync_file
-from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import CheckpointConfig, Plan
+from paceline.plan.plan import CheckpointConfig
 
 _UNFINISHED, _RETIRED = ".unfinished-", ".retired-"
 
@@ -79,14 +85,26 @@ def drop(checkpoint: Path) -> None:
 
 
 def manifest_of(
-    step: int, plan: Plan, spec: ModelSpec, metadata: Metadata, files: Mapping[str, FileEntry]
+    step: int,
+    run: SavedRun,
+    metadata: Metadata,
+    files: Mapping[str, FileEntry],
+    progress: Progress | None,
 ) -> Manifest:
-    """What a checkpoint holds, of torch's account of its tensors and of its files."""
-    return Manifest(
+    """What a checkpoint holds.
+
+    Args:
+        step: that is saved.
+        run: whose state it is.
+        metadata: torch's account of its tensors.
+        files: of the checkpoint.
+        progress: of the run.
+    """
+    manifest = Manifest(
         step=step,
         versions={"paceline": paceline.__version__, "torch": torch.__version__},
-        plan=plan.to_dict(),
-        model=spec.to_dict(),
+        plan=run.plan.to_dict(),
+        model=run.spec.to_dict(),
         files=dict(sorted(files.items())),
         tensors={
             name: TensorEntry(tuple(t.size), str(t.properties.dtype).removeprefix("torch."))
@@ -94,3 +112,4 @@ def manifest_of(
             if isinstance(t, TensorStorageMetadata)
         },
     )
+    return manifest.stating(progress, run.declared)

@@ -22,7 +22,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,16 +37,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 from paceline.checkpoint.agree import agreed
 from paceline.checkpoint.base import LostSaveRecord, SavedRun, SaveRecord, Told
 from paceline.checkpoint.commit import commit, manifest_of, open_unfinished, unfinished
+from paceline.checkpoint.copies import check_copies
 from paceline.checkpoint.fill import SlowerLevels
 from paceline.checkpoint.levels import level_folder, require_levels, require_run_folder
-from paceline.checkpoint.manifest import FileEntry
+from paceline.checkpoint.manifest import FileEntry, Progress
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.save import not_written
 from paceline.checkpoint.staging import StagedTensors, Staging
 from paceline.core.errors import PacelineError
 from paceline.core.files import sha256, write_text
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, named_parts
 
 _METADATA = ".metadata"
 _POLL_S = 0.01
@@ -80,7 +81,7 @@ class WriteEnd(NamedTuple):
     size_bytes: int
 
 
-def agree_on_layout(parts: Mapping[str, Part], world: World) -> Layout:
+def agree_on_layout(parts: NamedParts, world: World) -> Layout:
     """Decides who writes what; collective."""
     planner = PartsWriter(parts)
     planner.set_up_planner({})
@@ -98,10 +99,11 @@ class LazySaver:
         parts: of this rank.
     """
 
-    def __init__(self, run: SavedRun, parts: Mapping[str, Part]) -> None:
+    def __init__(self, run: SavedRun, parts: NamedParts) -> None:
         require_levels(run)
         self._run, self._config = run, run.plan.checkpoint
         self._folder = level_folder(run.folder, self._config.levels[0])
+        parts = named_parts(parts)
         self._layout = agree_on_layout(parts, run.world)
         live = PartsWriter(parts)
         sizes = [live.resolve_data(item).nbytes for item in self._layout.mine.items]
@@ -112,10 +114,12 @@ class LazySaver:
         self._told: list[Told] = []
         threading.Thread(target=self._staging.fault_in, daemon=True).start()
 
-    def begin(self, step: int, parts: Mapping[str, Part]) -> None:
+    def begin(self, step: int, parts: NamedParts, progress: Progress | None = None) -> None:
         start_s = time.perf_counter()
         self._settle()
         stall_s = time.perf_counter() - start_s
+        parts = named_parts(parts)
+        check_copies(parts, self._run.world)
         live = PartsWriter(parts)
         assert live.create_local_plan().items == self._layout.local.items, "the layout has changed"
         sources = [live.resolve_data(item) for item in self._layout.mine.items]
@@ -125,7 +129,7 @@ class LazySaver:
             self._lose(step, error)
             return
         staged = StagedTensors(self._staging, sources)
-        files = _Files(self._run, self._folder, step, self._layout, self._levels)
+        files = _Files(self._run, self._folder, step, self._layout, self._levels, progress)
         self._write = _Write(staged, files, self._filler)
         self._write.stall_s = stall_s
         self._write.stood_s = time.perf_counter() - start_s
@@ -218,6 +222,7 @@ class _Files:
         step: that is saved.
         layout: who writes what.
         levels: whose first is written.
+        progress: of the run.
     """
 
     run: SavedRun
@@ -225,6 +230,7 @@ class _Files:
     step: int
     layout: Layout
     levels: SlowerLevels
+    progress: Progress | None
 
     @property
     def path(self) -> Path:
@@ -261,7 +267,7 @@ class _Files:
         writer = FileSystemWriter(self.path, sync_files=True)
         writer.finish(replace(self.layout.metadata), results)
         files |= _entries([self.path / _METADATA])
-        manifest = manifest_of(self.step, run.plan, run.spec, self.layout.metadata, files)
+        manifest = manifest_of(self.step, run, self.layout.metadata, files, self.progress)
         manifest.commit(self.path)
         commit(self.folder, self.step)
         self.levels.drop_old()
@@ -458,6 +464,6 @@ class _Filler:
             self._error = error
 
 
-def build(run: SavedRun, parts: Mapping[str, Part]) -> LazySaver:
+def build(run: SavedRun, parts: NamedParts) -> LazySaver:
     """A saver of a run."""
     return LazySaver(run, parts)

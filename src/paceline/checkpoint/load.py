@@ -1,25 +1,26 @@
-"""Tensors from disk, through torch's distributed checkpoint."""
+"""Tensors from disk: checked before they are used, and whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from paceline.checkpoint.manifest import Manifest, read_manifest, verify_files
-from paceline.checkpoint.parts import PartsReader
-from paceline.checkpoint.quiet import quiet
-from paceline.core.errors import DataError
+from paceline.checkpoint.reader import Stored, dtype_name
+from paceline.core.errors import DataError, UsageError
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, Part, named_parts
 
 
-def load(checkpoint: Path, parts: Mapping[str, Part], world: World) -> Manifest:
+def load(checkpoint: Path, parts: NamedParts, world: World) -> Manifest:
     """Fills parts of tensors in place from a checkpoint; called by every rank.
+
+    The layout under which it was saved may be any: every element that a rank has is read from
+    where it lies. Checksums are shared out: a rank reads every n-th file for them. Nothing is
+    filled on any rank unless everything is in order on all of them.
 
     Args:
         checkpoint: a complete checkpoint.
@@ -27,14 +28,19 @@ def load(checkpoint: Path, parts: Mapping[str, Part], world: World) -> Manifest:
         world: the ranks.
 
     Raises:
-        DataError: a damaged file, or tensors that are not the checkpoint's.
+        DataError: a damaged file, or tensors that are not the checkpoint's; on all ranks.
+        UsageError: it has the state of a gradient scaler.
     """
+    parts = named_parts(parts)
     manifest = read_manifest(checkpoint)
-    if world.is_first:
-        verify_files(checkpoint, manifest)
-    world.barrier()
+    if manifest.progress is not None and manifest.progress.scaler is not None:
+        message = f"{checkpoint} has the state of a gradient scaler, of which this version has none"
+        raise UsageError(message, hint="it was saved by another version: resume with that")
+    num_ranks = world.mesh.num_ranks
+    _together(world, lambda: verify_files(checkpoint, manifest, world.rank, num_ranks))
     _require_same(checkpoint, manifest, parts, world)
-    _read(checkpoint, parts, no_dist=world.mesh.num_ranks == 1)
+    stored = Stored(checkpoint, manifest)
+    _together(world, lambda: stored.read(parts))
     return manifest
 
 
@@ -51,32 +57,46 @@ def load_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
         for name, entry in manifest.tensors.items()
         if name.startswith(prefix)
     }
-    parts = {name: Part.of_whole(tensor) for name, tensor in tensors.items()}
-    _read(checkpoint, parts, no_dist=True)
+    Stored(checkpoint, manifest).read({n: Part.of_whole(tensor) for n, tensor in tensors.items()})
     return tensors
 
 
-def _read(checkpoint: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
-    named: dict[str, object] = {name: part.local for name, part in parts.items()}
+def _together(world: World, work: Callable[[], None]) -> None:
+    """Does a rank's share of something; where one rank fails, all do, for the first one's reason.
+
+    A rank that failed alone would leave the others waiting for it.
+    """
+    failure: tuple[str, str] | None = None
     try:
-        with quiet():
-            reader, planner = FileSystemReader(checkpoint), PartsReader(parts)
-            dcp.load(named, storage_reader=reader, planner=planner, no_dist=no_dist)
-    except Exception as error:  # whatever torch stumbles over in files that are not its own
-        raise DataError(f"{checkpoint} cannot be read: {error}") from error
+        work()
+    except DataError as error:
+        failure = error.message, error.hint
+    except OSError as error:
+        failure = str(error), ""
+    for found in world.collect(failure):
+        if found is not None:
+            message, hint = found
+            raise DataError(message, hint=hint)
 
 
 def _require_same(
-    checkpoint: Path, manifest: Manifest, parts: Mapping[str, Part], world: World
+    checkpoint: Path, manifest: Manifest, parts: Iterable[tuple[str, Part]], world: World
 ) -> None:
-    names = {name for of_rank in world.collect(list(parts)) for name in of_rank}
-    for name in manifest.tensors.keys() ^ names:
+    """Raises DataError, on all ranks, if tensors are not those of the checkpoint."""
+    mine = {n: (part.place.shape, dtype_name(part.local.dtype)) for n, part in parts}
+    wanted = {name: kind for of_rank in world.collect(mine) for name, kind in of_rank.items()}
+    for name in sorted(manifest.tensors.keys() ^ wanted.keys()):
         side = "the checkpoint" if name in manifest.tensors else "this run"
         raise DataError(
             f"{checkpoint}: only {side} has the tensor {name}",
-            hint="resume with the model and the plan of the run that saved it",
+            hint="resume with the model and the optimizer of the run that saved it",
         )
-    for name, part in parts.items():
-        if (shape := part.place.shape) != manifest.tensors[name].shape:
-            stored = manifest.tensors[name].shape
-            raise DataError(f"{checkpoint}: {name} has shape {stored}, this run wants {shape}")
+    for name, (shape, dtype) in wanted.items():
+        entry = manifest.tensors[name]
+        if shape != entry.shape:
+            raise DataError(f"{checkpoint}: {name} has shape {entry.shape}, this run wants {shape}")
+        if dtype != entry.dtype:
+            raise DataError(
+                f"{checkpoint}: {name} is of {entry.dtype}, this run holds {dtype}",
+                hint=f'precision.params = "{entry.dtype}", as the run that saved it',
+            )

@@ -1,34 +1,26 @@
-"""Parts of tensors, written and read by torch's distributed checkpoint.
+"""Parts of tensors, written by torch's distributed checkpoint.
 
-Every element is written once, by a rank that owns it (of replicas, by one of them), and a rank
-reads what it has, whatever the parts that were written.
+Every element is written once, by a rank that owns it (of replicas, by one of them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from paceline.core.errors import DataError
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, Part, named_parts
 from paceline.plan.layout import Box
 
 
@@ -36,47 +28,27 @@ class PartsWriter(DefaultSavePlanner):
     """Writes what each rank owns.
 
     Args:
-        parts: of this rank, by name.
+        parts: of this rank.
     """
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: NamedParts) -> None:
         super().__init__(flatten_state_dict=False)
-        self._parts = parts
+        # A name may have several parts; what they own begins at different places.
+        self._owned = {
+            (name, part.place.owned.offsets): part
+            for name, part in named_parts(parts)
+            if part.place.owned.num_elements
+        }
 
     def create_local_plan(self) -> SavePlan:
-        owned = {name: part for name, part in self._parts.items() if part.place.owned.num_elements}
-        self.plan = SavePlan([_write_item(name, part) for name, part in owned.items()])
+        items = [_write_item(name, part) for (name, _), part in self._owned.items()]
+        self.plan = SavePlan(items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        part = self._parts[write_item.index.fqn]
+        assert write_item.index.offset is not None
+        part = self._owned[write_item.index.fqn, tuple(write_item.index.offset)]
         return part.local.detach()[part.place.owned.within(part.place.box)]
-
-
-class PartsReader(DefaultLoadPlanner):
-    """Fills what each rank has.
-
-    Args:
-        parts: of this rank, by name.
-    """
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._parts = parts
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        items: list[Any] = []
-        for name, part in self._parts.items():
-            stored = self.metadata.state_dict_metadata[name]
-            if not isinstance(stored, TensorStorageMetadata):
-                raise DataError(f"{name} is no tensor in the checkpoint")
-            if part.place.box.num_elements:
-                items += create_read_items_for_chunk_list(name, stored, [_chunk(part.place.box)])
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._parts[index.fqn].local.detach()
 
 
 def _write_item(name: str, part: Part) -> WriteItem:

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from paceline.checkpoint.agree import agreed
+from paceline.checkpoint.base import SavedRun
 from paceline.checkpoint.commit import (
     commit,
     drop_old,
@@ -16,13 +17,15 @@ from paceline.checkpoint.commit import (
     open_unfinished,
     unfinished,
 )
-from paceline.checkpoint.manifest import FileEntry
+from paceline.checkpoint.copies import check_copies
+from paceline.checkpoint.manifest import FileEntry, Progress
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.quiet import quiet
 from paceline.core.errors import PacelineError
 from paceline.core.files import sha256
 from paceline.dist.world import World
-from paceline.optim.parts import Part
+from paceline.optim.parts import NamedParts, named_parts
+from paceline.plan.declared import Declared
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
 
@@ -30,10 +33,13 @@ from paceline.plan.plan import Plan
 def save(
     folder: Path,
     step: int,
-    parts: Mapping[str, Part],
+    parts: NamedParts,
     plan: Plan,
     spec: ModelSpec,
     world: World,
+    *,
+    progress: Progress | None = None,
+    declared: Mapping[str, Declared] | None = None,
 ) -> Path:
     """Writes ``folder/step-N``; called by every rank with what it holds.
 
@@ -44,13 +50,16 @@ def save(
         The checkpoint, complete once this returns on any rank.
 
     Raises:
+        RankError: ranks hold different bits of what should be copies; nothing has been written.
         PacelineError: it could not be written, for example for want of space.
     """
+    check_copies(parts, world)
     target = folder / f"step-{step}"
+    run = SavedRun(target, plan, spec, world, declared or {})
     try:
         agreed(world, lambda: open_unfinished(folder, step) if world.is_first else None)
         _write(unfinished(folder, step), parts, no_dist=world.mesh.num_ranks == 1)
-        agreed(world, lambda: _commit(folder, step, plan, spec) if world.is_first else None)
+        agreed(world, lambda: _commit(folder, step, run, progress) if world.is_first else None)
     except OSError as error:
         raise not_written(target, error) from error
     return target
@@ -62,19 +71,20 @@ def not_written(target: Path, error: Exception) -> PacelineError:
     return PacelineError(f"{target} cannot be written: {error}", hint=hint)
 
 
-def _write(target: Path, parts: Mapping[str, Part], *, no_dist: bool) -> None:
-    named: dict[str, object] = {name: part.local for name, part in parts.items()}
+def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
+    parts = named_parts(parts)
+    named: dict[str, object] = {name: part.local for name, part in parts}
     with quiet():
         writer = FileSystemWriter(target, sync_files=True)
         planner = PartsWriter(parts)
         dcp.save(named, storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
-def _commit(folder: Path, step: int, plan: Plan, spec: ModelSpec) -> None:
+def _commit(folder: Path, step: int, run: SavedRun, progress: Progress | None) -> None:
     """Makes a written checkpoint complete, and removes those that are too old."""
     path = unfinished(folder, step)
     files = {f.name: FileEntry(f.stat().st_size, sha256(f)) for f in path.iterdir()}
     metadata = FileSystemReader(path).read_metadata()
-    manifest_of(step, plan, spec, metadata, files).commit(path)
+    manifest_of(step, run, metadata, files, progress).commit(path)
     commit(folder, step)
-    drop_old(folder, plan.checkpoint)
+    drop_old(folder, run.plan.checkpoint)

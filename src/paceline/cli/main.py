@@ -27,8 +27,10 @@ from paceline.cli import (
     serve,
     train,
     verify,
+    watch,
 )
 from paceline.core.errors import PacelineError
+from paceline.dist.launch import is_spoken_for
 
 _USAGE, _INTERRUPTED = 2, 130
 _AFTERMATH_S = 5.0
@@ -57,6 +59,7 @@ app.command()(convert.convert)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(watch.watch)
 app.command()(report.report)
 app.command()(bench.bench)
 
@@ -87,6 +90,7 @@ def main() -> None:
         sys.exit(exit_code)
     except PacelineError as error:
         _fail_if_interrupted()
+        _leave_to_launcher(error)
         fail(error.message, error.hint, error.exit_code)
     except _CommandLineError as error:
         known = {command.name for command in typer.main.get_group(app).commands.values()}
@@ -95,9 +99,18 @@ def main() -> None:
         fail(error.format_message(), hint, _USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", "", _INTERRUPTED)
-    except Exception:
+    except Exception as error:
         _fail_if_interrupted()
+        _leave_to_launcher(error)
         raise
+
+
+def _leave_to_launcher(error: Exception) -> None:
+    """Ends this process, if it is a rank of which `launch_ranks` tells what has ended it."""
+    if is_spoken_for():
+        from paceline.dist.failure import hand_over
+
+        hand_over(error)
 
 
 def _fail_if_interrupted() -> None:

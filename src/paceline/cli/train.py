@@ -46,6 +46,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="A new run folder.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start; the plan's.", min=1)] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder, or a checkpoint in it.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", help="Checkpoint of --resume, wherever it lies.")
+    ] = None,
     settings: Settings = None,
     dtype: Dtype = None,
     device: Device = "auto",
@@ -53,24 +56,30 @@ def train(
 ) -> None:
     """Train a model, or resume a run from its newest complete checkpoint.
 
+    A resumed run goes on under its own plan, changed by --set, or under that of --plan.
     Starts the plan's ranks on this machine; on several, run it under `torchrun --nnodes`.
     """
-    from paceline.dist.launch import follow_launcher, is_launched, launch_ranks
+    from paceline.dist.launch import follow_launcher, is_launched
 
     if is_launched():
         follow_launcher()  # before the imports below, which take seconds
+    from paceline.checkpoint.manifest import is_checkpoint
+    from paceline.cli.supervised import needs_launcher, run_supervised, sound
     from paceline.kernels.device import choose_device, keep_freed_memory
     from paceline.models.hub import resolve
     from paceline.plan.check import require, warnings
     from paceline.train.inputs import open_inputs, require_sources
-    from paceline.train.job import resumed_job, run_job, way_out
+    from paceline.train.job import replanned, require_launcher, resumed_job, run_job, way_out
 
     require_dtype(dtype)
     if resume is not None:
-        given = {"MODEL": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
-        _refuse_with_resume(given | {"--out": out, "--set": settings, "--dtype": dtype})
-        job = resumed_job(resume, steps)
+        given = {"MODEL": model, "--data": data, "--eval-data": eval_data, "--out": out}
+        _refuse_with_resume(given)
+        job = resumed_job(resume, steps, checkpoint=checkpoint)
+        plan = _plan(plan_file, settings, dtype, job.plan)
+        job = replanned(job, plan, source=str(plan_file or "--set"))
     else:
+        _refuse_without_resume(checkpoint)
         plan = _plan(plan_file, settings, dtype)
         job = _new_job(model, data, out, plan, steps=steps, eval_data=eval_data)
     require_sources(job.config)
@@ -78,11 +87,15 @@ def train(
     num_ranks = None if is_launched() else nproc
     require(job.plan, source.spec, num_ranks=num_ranks, source=str(plan_file or "the plan"))
     choose_device(device)
-    if job.plan.mesh.num_ranks > 1 and not is_launched():
+    if is_launched():
+        require_launcher(job.plan)
+    elif resume is not None and checkpoint is None and not is_checkpoint(resume):
+        job = sound(job)
+    if needs_launcher(job.plan) and not is_launched():
         # Here, for however long it takes: ranks would wait for each other no more than minutes.
         open_inputs(job.config, job.plan, source)
         try:
-            launch_ranks(job.plan.mesh, sys.argv[1:])
+            run_supervised(job, source.spec, new=sys.argv[1:], common=_common(device, as_json))
         except RankError as error:
             error.hint = error.hint or way_out(job.folder)
             raise
@@ -95,15 +108,28 @@ def train(
         print_json(record.to_dict())
 
 
-def _plan(file: Path | None, settings: list[str] | None, dtype: str | None) -> Plan:
-    plan = read_plan(file, settings)
+def _common(device: str, as_json: bool) -> list[str]:
+    """Flags that hold for a run however often it is started."""
+    return ["--device", device, *(["--json"] if as_json else [])]
+
+
+def _plan(
+    file: Path | None, settings: list[str] | None, dtype: str | None, base: Plan | None = None
+) -> Plan:
+    plan = read_plan(file, settings, base)
     return plan.with_overrides([f'precision.compute="{dtype}"']) if dtype else plan
 
 
 def _refuse_with_resume(given: dict[str, object]) -> None:
     if names := [name for name, value in given.items() if value]:
-        hint = "a resumed run goes on as it began; only --steps may change"
+        hint = "a resumed run goes on with its model and data; --plan and --set say how"
         raise UsageError(f"--resume does not go with {', '.join(names)}", hint=hint)
+
+
+def _refuse_without_resume(checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        hint = "paceline train --resume DIR --from CHECKPOINT"
+        raise UsageError(f"--from {checkpoint} names a checkpoint of no run", hint=hint)
 
 
 def _new_job(

@@ -105,11 +105,24 @@ class RankError(PacelineError):
         message: which rank, where it is on the mesh, and why.
         hint: the way out.
         exit_code: that of the rank, where its error has one.
+        ranks: whose fault it is, where that is known.
+        comes_again: whether another start would come to the same: an error of usage, of data, or
+            of numbers that are not finite.
     """
 
-    def __init__(self, message: str, *, hint: str = "", exit_code: int = 1) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        exit_code: int = 1,
+        ranks: tuple[int, ...] = (),
+        comes_again: bool = False,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+        self.ranks = ranks
+        self.comes_again = comes_again
 
 
 class RequestError(PacelineError):

@@ -44,6 +44,7 @@ class Failure:
         traceback: where.
         exit_code: of the rank.
         time_s: when, since the epoch.
+        comes_again: whether another start would come to the same, as `RankError` has it.
     """
 
     kind: Literal["expected", "unexpected", "lost"]
@@ -52,11 +53,14 @@ class Failure:
     traceback: str
     exit_code: int
     time_s: float
+    comes_again: bool
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """What an exception comes to."""
         is_expected = isinstance(error, PacelineError)
+        # A rank that disagrees with others, or has lost them, may do otherwise the next time.
+        comes_again = is_expected and not isinstance(error, RankError)
         named = f"{type(error).__name__}: {error}"
         return cls(
             kind="lost" if is_peer_gone(error) else "expected" if is_expected else "unexpected",
@@ -65,6 +69,7 @@ class Failure:
             traceback="".join(traceback.format_exception(error)),
             exit_code=error.exit_code if isinstance(error, PacelineError) else 1,
             time_s=time.time(),
+            comes_again=comes_again,
         )
 
     def write(self, path: str) -> None:
@@ -135,7 +140,8 @@ def first_failure(ends: Mapping[int, End], mesh: MeshConfig) -> RankError:
     if causes:
         return _told(causes, mesh)
     if left and (early := [rank for rank in range(mesh.num_ranks) if rank not in ends]):
-        return RankError(f"{mesh.name_rank(early[0])} has left the run before its end")
+        text = f"{mesh.name_rank(early[0])} has left the run before its end"
+        return RankError(text, ranks=(early[0],))
     if noticed not in left:
         return _silent_end(noticed, ends[noticed].exit_code, mesh)
     return _told(left, mesh)
@@ -144,10 +150,12 @@ def first_failure(ends: Mapping[int, End], mesh: MeshConfig) -> RankError:
 def _silent_end(rank: int, exit_code: int, mesh: MeshConfig) -> RankError:
     name = mesh.name_rank(rank)
     if exit_code >= 0:
-        return RankError(f"{name} has ended itself, with exit code {exit_code}")
+        text = f"{name} has ended itself, with exit code {exit_code}"
+        return RankError(text, ranks=(rank,))
     text = f"{name} was ended by {signal.Signals(-exit_code).name}"
     is_kill = -exit_code == signal.SIGKILL
-    return RankError(text + ", as happens when memory runs out" if is_kill else text)
+    text = text + ", as happens when memory runs out" if is_kill else text
+    return RankError(text, ranks=(rank,))
 
 
 def _told(failures: Mapping[int, Failure], mesh: MeshConfig) -> RankError:
@@ -160,4 +168,10 @@ def _told(failures: Mapping[int, Failure], mesh: MeshConfig) -> RankError:
         "unexpected": f"{name} failed: {failure.message}\n\n{failure.traceback.rstrip()}",
         "lost": f"{name} has lost another rank: {failure.message}",
     }[failure.kind]
-    return RankError(text, hint=failure.hint, exit_code=failure.exit_code)
+    return RankError(
+        text,
+        hint=failure.hint,
+        exit_code=failure.exit_code,
+        ranks=() if failure.kind == "lost" else (rank,),  # it was another that is gone
+        comes_again=failure.comes_again,
+    )

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from paceline.core.env import rank_environment
 from paceline.plan.mesh import MeshConfig
 
 _POLL_S = 0.5
 _WATCH = "end-with-parent"
+_AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _is_spoken_for = False
 # A launcher may be gone before its rank first looks for it: the rank is told whom to look for.
 _RANK = """
@@ -47,7 +49,7 @@ def launch_ranks(mesh: MeshConfig, arguments: Sequence[str]) -> None:
     num_ranks = mesh.num_ranks
     sys.stdout.flush()
     sys.stderr.flush()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    num_threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -60,7 +62,8 @@ def launch_ranks(mesh: MeshConfig, arguments: Sequence[str]) -> None:
     command = ("-u", "-c", _RANK.format(launcher=os.getpid()), *arguments)
     logging.disable(logging.ERROR)  # the agent repeats at length what ranks have said
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with _default("OMP_NUM_THREADS", num_threads), _handlers_kept():
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         ends = {
             rank: End(failure.exitcode, Failure.read(failure.error_file_data))
@@ -73,6 +76,30 @@ def launch_ranks(mesh: MeshConfig, arguments: Sequence[str]) -> None:
         sys.exit(128 + error.sigval)
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _default(name: str, value: str) -> Generator[None]:
+    """An environment variable for processes that are started, unless it is set already."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextmanager
+def _handlers_kept() -> Generator[None]:
+    """The agent takes signals for as long as it has ranks to end, and no longer."""
+    handlers = {number: signal.getsignal(number) for number in _AGENT_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_launched() -> bool:

@@ -10,26 +10,42 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from paceline.dist.world import World, make_group
+from paceline.dist.collectives import Traffic
+from paceline.dist.ring import members_of
+from paceline.dist.world import Sending, World, make_group
 
 
 class _Transfer(NamedTuple):
-    """A transfer under way, and its tensor, which must live until it is done."""
+    """A transfer under way, its tensor, which must live until it is done, and its call's number."""
 
-    work: torch.distributed.Work
+    work: Sending
     tensor: Tensor
+    number: int
 
 
 class PendingTensor:
-    """A tensor that is on its way."""
+    """A tensor that is on its way.
 
-    def __init__(self, work: torch.distributed.Work, tensor: Tensor) -> None:
+    Args:
+        work: torch's handle.
+        tensor: what is written into.
+        traffic: where its times are written down.
+        number: of the call there.
+    """
+
+    def __init__(
+        self, work: torch.distributed.Work, tensor: Tensor, traffic: Traffic, number: int
+    ) -> None:
         self._work = work
         self._tensor = tensor
+        self._traffic = traffic
+        self._number = number
 
     def wait(self) -> Tensor:
         """The tensor, once it is here; on a GPU once it is for what is queued from now on."""
+        self._traffic.waits(self._number)
         self._work.wait()
+        self._traffic.leaves(self._number)
         return self._tensor
 
 
@@ -61,6 +77,7 @@ class PointToPoint:
         self.world = world
         self.axis = axis
         self.index = world.coordinate(axis)
+        self._ranks = members_of(world.mesh, world.rank, (axis,))
         self._under_way: deque[_Transfer] = deque()
         self._groups: dict[tuple[str, bool], torch.distributed.ProcessGroup] = {}
         if world.degree(axis) > 1 and distances:
@@ -82,10 +99,10 @@ class PointToPoint:
         self._forget_what_has_arrived()
         dense = tensor.detach().contiguous()
         group = self._group(purpose, source=self.index, destination=destination)
-        work = torch.distributed.isend(dense, group=group, group_dst=destination)
-        assert work is not None
-        self._under_way.append(_Transfer(work, dense))
-        self.world.traffic.add("send", (self.axis,), dense.nbytes, purpose)
+        ends = self._ranks[self.index], self._ranks[destination]
+        call = self.world.traffic.enter_way("send", self.axis, ends, dense.nbytes, purpose)
+        work = self.world.send_start(dense, group, destination)
+        self._under_way.append(_Transfer(work, dense, call))
 
     def receive(
         self, shape: tuple[int, ...], dtype: torch.dtype, source: int, purpose: str
@@ -100,15 +117,21 @@ class PointToPoint:
         """
         tensor = torch.empty(shape, dtype=dtype, device=self.world.device)
         group = self._group(purpose, source=source, destination=self.index)
+        traffic, ends = self.world.traffic, (self._ranks[source], self._ranks[self.index])
+        call = traffic.enter_way("receive", self.axis, ends, tensor.nbytes, purpose)
         work = torch.distributed.irecv(tensor, group=group, group_src=source)
         assert work is not None
-        self.world.traffic.add("receive", (self.axis,), tensor.nbytes, purpose)
-        return PendingTensor(work, tensor)
+        return PendingTensor(work, tensor, traffic, call)
 
     def finish(self) -> None:
         """Returns once all that was sent has been taken. (Gloo tells of no send before.)"""
         while self._under_way:
-            self._under_way.popleft().work.wait()
+            self._end(self._under_way.popleft())
+
+    def _end(self, transfer: _Transfer) -> None:
+        self.world.traffic.waits(transfer.number)
+        transfer.work.wait()
+        self.world.traffic.leaves(transfer.number)
 
     def _group(
         self, purpose: str, *, source: int, destination: int
@@ -118,7 +141,7 @@ class PointToPoint:
 
     def _forget_what_has_arrived(self) -> None:
         while self._under_way and self._under_way[0].work.is_completed():
-            self._under_way.popleft().work.wait()
+            self._end(self._under_way.popleft())
 
     def _connect(self, distances: Sequence[int]) -> None:
         """Has ranks so far from each other, round the axis, meet in every group.

@@ -32,6 +32,7 @@ def run_ranks(
     *,
     timeout_s: float = 120.0,
     mesh: MeshConfig | None = None,
+    grace_s: float = 0.0,
 ) -> list[Any]:
     """Runs ``function(rank)`` on forked gloo ranks and returns what each gave, in order of rank.
 
@@ -42,6 +43,7 @@ def run_ranks(
         num_ranks: how many.
         timeout_s: for all of it.
         mesh: of the ranks, so that errors say where a rank is on it.
+        grace_s: how long the others have, once one has failed, to end of themselves.
 
     Raises:
         RankError: a rank failed or took too long; the others are ended, and the first to fail is
@@ -68,7 +70,7 @@ def run_ranks(
                 receivers.append(receiver)
                 processes.append(process)
             name_rank = mesh.name_rank if mesh else "rank {}".format
-            return _collect(receivers, processes, timeout_s, name_rank)
+            return _collect(receivers, processes, timeout_s, name_rank, grace_s)
         finally:
             for process in processes:
                 process.kill()
@@ -105,8 +107,10 @@ def _collect(
     processes: Sequence[BaseProcess],
     timeout_s: float,
     name_rank: Callable[[int], str],
+    grace_s: float,
 ) -> list[Any]:
     results: dict[int, Any] = {}
+    failed_s: float | None = None
     deadline_s = time.monotonic() + timeout_s
     while len(results) < len(receivers):
         failures = [r for r in results.values() if isinstance(r, _Failure)]
@@ -114,7 +118,9 @@ def _collect(
             if rank not in results and receiver.poll():
                 results[rank] = _receive(name_rank(rank), receiver, processes[rank])
         if failures:  # looked once more since: a failure makes others fail
-            break
+            failed_s = failed_s or time.monotonic()
+            if time.monotonic() >= failed_s + grace_s:
+                break
         if time.monotonic() > deadline_s:
             late = [rank for rank in range(len(receivers)) if rank not in results]
             raise RankError(f"rank(s) {late} gave nothing in {timeout_s:.0f} s")
@@ -149,9 +155,9 @@ class SlowWorld(World):
     waited_s: float = 0.0
 
     def sum(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Tensor:
-        before = len(self.traffic.transfers)
+        before = self.traffic.count
         super().sum(tensor, axes, purpose=purpose)
-        begun = len(self.traffic.transfers) - before
+        begun = self.traffic.count - before
         self.num_sums += begun
         self.wait_until(time.perf_counter() + begun * self.latency_s)
         return tensor
@@ -159,7 +165,7 @@ class SlowWorld(World):
     def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
         begun = super().sum_start(tensor, axes, purpose=purpose)
         self.num_sums += begun.work is not None
-        return begun if begun.work is None else _LatePending(begun.work, self)
+        return begun if begun.work is None else _LatePending(begun.work, self, begun.number)
 
     def wait_until(self, time_s: float) -> None:
         """Holds this rank up until a moment of `time.perf_counter`."""
@@ -171,8 +177,8 @@ class SlowWorld(World):
 class _LatePending(Pending):
     """A collective whose result is there some time after it is done, waited for or not."""
 
-    def __init__(self, work: torch.distributed.Work, world: SlowWorld) -> None:
-        super().__init__(work)
+    def __init__(self, work: torch.distributed.Work, world: SlowWorld, number: int) -> None:
+        super().__init__(work, world.traffic, number)
         self._world, self._latency_s = world, world.latency_s
         self._done_s: float | None = None
         work.get_future().add_done_callback(self._note_end)

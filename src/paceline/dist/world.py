@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed
@@ -15,12 +16,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.core.env import rank_environment
 from paceline.core.errors import PacelineError, RankError, UsageError
+from paceline.dist.calls import Phase
 from paceline.dist.collectives import Pending, Traffic
 from paceline.dist.compat import all_gather, reduce_scatter
 from paceline.dist.failure import hand_over, is_peer_gone
+from paceline.dist.ring import Ring, members_of, ring_path
 from paceline.plan.mesh import AXES, DATA_AXES, MeshConfig
 
 T = TypeVar("T")
+
+
+class Sending(Protocol):
+    """A tensor that is being sent, as torch's ``Work`` tells of it."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
+
 
 _TIMEOUT = timedelta(minutes=10)
 # A user should read the first error and no other. Where ranks speak for themselves, one that fails
@@ -35,16 +47,19 @@ class World:
         mesh: degrees of parallelism; their product is the number of ranks.
         rank: this process's rank.
         device: where this rank computes.
+        ring: gets the times of its collectives; absent: nobody watches.
 
     Attributes:
         traffic: what this rank has sent, for comparison with cost models.
     """
 
-    def __init__(self, mesh: MeshConfig, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, mesh: MeshConfig, rank: int, device: torch.device, ring: Ring | None = None
+    ) -> None:
         self.mesh = mesh
         self.rank = rank
         self.device = device
-        self.traffic = Traffic()
+        self.traffic = Traffic(ring)
         self._coordinate = mesh.coordinate(rank) | mesh.expert_coordinate(rank)
         self._device_mesh: DeviceMesh | None = None
         self._groups: dict[tuple[str, ...], torch.distributed.ProcessGroup] = {}
@@ -85,8 +100,9 @@ class World:
         """
         for step in _steps(axes):
             if any(self.degree(axis) > 1 for axis in step):
-                self.traffic.add("all-reduce", step, tensor.nbytes, purpose)
+                call = self.traffic.enter("all-reduce", step, tensor.nbytes, purpose)
                 torch.distributed.all_reduce(tensor, group=self._group(step))
+                self.traffic.leaves(call)
         return tensor
 
     def sum_start(self, tensor: Tensor, axes: tuple[str, ...], *, purpose: str) -> Pending:
@@ -99,17 +115,18 @@ class World:
         """
         if all(self.degree(axis) == 1 for axis in axes):
             return Pending(None)
-        self.traffic.add("all-reduce", axes, tensor.nbytes, purpose)
-        group = self._group(axes)
-        return Pending(torch.distributed.all_reduce(tensor, group=group, async_op=True))
+        call = self.traffic.enter("all-reduce", axes, tensor.nbytes, purpose, waits=False)
+        work = torch.distributed.all_reduce(tensor, group=self._group(axes), async_op=True)
+        return Pending(work, self.traffic, call)
 
     def largest(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
         """The largest of each element over the ranks along an axis, in place."""
         if self.degree(axis) > 1:
-            self.traffic.add("all-reduce", (axis,), tensor.nbytes, purpose)
+            call = self.traffic.enter("all-reduce", (axis,), tensor.nbytes, purpose)
             torch.distributed.all_reduce(
                 tensor, torch.distributed.ReduceOp.MAX, group=self._group((axis,))
             )
+            self.traffic.leaves(call)
         return tensor
 
     def gather(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
@@ -124,9 +141,9 @@ class World:
         if degree == 1:
             return tensor
         whole = tensor.new_empty(degree * tensor.shape[0], *tensor.shape[1:])
-        self.traffic.add("all-gather", (axis,), whole.nbytes, purpose)
-        group = self._group((axis,))
-        all_gather(whole, tensor.contiguous(), group=group)
+        call = self.traffic.enter("all-gather", (axis,), whole.nbytes, purpose)
+        all_gather(whole, tensor.contiguous(), group=self._group((axis,)))
+        self.traffic.leaves(call)
         return whole
 
     def reduce_scatter(self, tensor: Tensor, axis: str, *, purpose: str) -> Tensor:
@@ -141,9 +158,9 @@ class World:
         if degree == 1:
             return tensor
         part = tensor.new_empty(tensor.shape[0] // degree, *tensor.shape[1:])
-        self.traffic.add("reduce-scatter", (axis,), tensor.nbytes, purpose)
-        group = self._group((axis,))
-        reduce_scatter(part, tensor.contiguous(), group=group)
+        call = self.traffic.enter("reduce-scatter", (axis,), tensor.nbytes, purpose)
+        reduce_scatter(part, tensor.contiguous(), group=self._group((axis,)))
+        self.traffic.leaves(call)
         return part
 
     def all_to_all(
@@ -169,13 +186,49 @@ class World:
         """
         if self.degree(axis) == 1:
             return rows
+        return self._all_to_all(rows, (axis,), sent, received, purpose)
+
+    def exchange(
+        self, elements: Tensor, sent: Sequence[int], received: Sequence[int], *, purpose: str
+    ) -> Tensor:
+        """Gives every rank of the world some elements, and takes what each gives.
+
+        Args:
+            elements: sorted by the rank that they go to.
+            sent: how many go to each rank; none to this one.
+            received: how many come from each.
+            purpose: written down with the bytes that leave this rank.
+
+        Returns:
+            What has come, in order of rank.
+        """
+        if self.mesh.num_ranks == 1:
+            return elements
+        return self._all_to_all(elements, (), sent, received, purpose)
+
+    def _all_to_all(
+        self,
+        rows: Tensor,
+        axes: tuple[str, ...],
+        sent: Sequence[int],
+        received: Sequence[int],
+        purpose: str,
+    ) -> Tensor:
+        """Among the ranks that differ on some axes; of no axes: all ranks."""
+        index = self.coordinate(axes[0]) if axes else self.rank
         found = rows.new_empty(sum(received), *rows.shape[1:])
-        leaving = len(rows) - sent[self.coordinate(axis)]
-        self.traffic.add("all-to-all", (axis,), rows[:leaving].nbytes, purpose)
-        group = self._group((axis,))
-        torch.distributed.all_to_all_single(
-            found, rows.contiguous(), list(received), list(sent), group=group
-        )
+        leaving = len(rows) - sent[index]
+        call = self.traffic.enter("all-to-all", axes, rows[:leaving].nbytes, purpose)
+        if axes and self.device.type == "cpu":
+            # Gloo does the same inside; here it is seen how long each pair takes.
+            given = rows.contiguous().split(list(sent))
+            self._exchange(given, found.split(list(received)), axes[0], purpose)
+        else:
+            group = self._group(axes) if axes else None
+            torch.distributed.all_to_all_single(
+                found, rows.contiguous(), list(received), list(sent), group=group
+            )
+        self.traffic.leaves(call)
         return found
 
     def collect(self, value: T) -> list[T]:
@@ -183,7 +236,9 @@ class World:
         if self.mesh.num_ranks == 1:
             return [value]
         found: list[T] = [value] * self.mesh.num_ranks
+        call = self.traffic.enter_uncounted("collect", "plain data")
         torch.distributed.all_gather_object(found, value)
+        self.traffic.leaves(call)
         return found
 
     def group(self, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
@@ -194,10 +249,79 @@ class World:
         """
         return self._group(axes)
 
+    def send_start(
+        self, tensor: Tensor, group: torch.distributed.ProcessGroup, destination: int
+    ) -> Sending:
+        """Begins to send a dense tensor to a member of a group; all that is sent begins here.
+
+        Args:
+            tensor: nobody may change it before the sending has been waited for.
+            group: both are in it.
+            destination: the index of the other rank in the group.
+        """
+        work = torch.distributed.isend(tensor, group=group, group_dst=destination)
+        assert work is not None, "this rank is not in the group"
+        return work
+
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         if self.mesh.num_ranks > 1:
+            call = self.traffic.enter_uncounted("barrier", "barrier")
             torch.distributed.barrier()
+            self.traffic.leaves(call)
+
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
+        """This rank is at something that takes as long as it takes: who watches is patient."""
+        ring = self.traffic.ring
+        return nullcontext() if ring is None else ring.phase(phase)
+
+    def begin_training(self) -> None:
+        """The first step begins."""
+        if self.traffic.ring is not None:
+            self.traffic.ring.begin_training()
+
+    def finish_step(self, step: int) -> None:
+        """A step has ended, and the next one begins."""
+        if self.traffic.ring is not None:
+            self.traffic.ring.finish_step(step)
+
+    def _exchange(
+        self, given: Sequence[Tensor], found: Sequence[Tensor], axis: str, purpose: str
+    ) -> None:
+        """An all-to-all, pair by pair, each rank beginning with its next one.
+
+        Args:
+            given: to each rank along the axis; what is empty is not sent.
+            found: of each, to be filled in.
+            axis: of the mesh.
+            purpose: of all of it.
+        """
+        group, index = self._group((axis,)), self.coordinate(axis)
+        ranks = members_of(self.mesh, self.rank, (axis,))
+        begun: list[tuple[Sending, int]] = []
+        found[index].copy_(given[index])
+        for distance in range(1, len(ranks)):
+            to, of = (index + distance) % len(ranks), (index - distance) % len(ranks)
+            if found[of].numel():
+                ends = ranks[of], self.rank
+                call = self._enter_pair("receive", axis, ends, found[of], purpose)
+                work = torch.distributed.irecv(found[of], group=group, group_src=of)
+                assert work is not None, "this rank is not in the group"
+                begun.append((work, call))
+            if given[to].numel():
+                ends = self.rank, ranks[to]
+                call = self._enter_pair("send", axis, ends, given[to], purpose)
+                begun.append((self.send_start(given[to], group, to), call))
+        for work, call in begun:
+            self.traffic.waits(call)
+            work.wait()
+            self.traffic.leaves(call)
+
+    def _enter_pair(
+        self, operation: str, axis: str, ends: tuple[int, int], tensor: Tensor, purpose: str
+    ) -> int:
+        traffic, size_bytes = self.traffic, tensor.nbytes
+        return traffic.enter_way(operation, axis, ends, size_bytes, purpose, is_counted=False)
 
     def _group(self, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
         if axes in self._groups:
@@ -241,8 +365,15 @@ def join_ranks(mesh: MeshConfig, device: torch.device) -> int:
 
 
 @contextmanager
-def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
+def open_world(
+    mesh: MeshConfig, device: torch.device, *, watched: Path | None = None
+) -> Generator[World]:
     """Joins the ranks as `join_ranks` does, and leaves them at the end.
+
+    Args:
+        mesh: what the plan asks for.
+        device: where this rank computes.
+        watched: a run's folder, where each rank leaves the times of its collectives.
 
     Raises:
         UsageError: the number of ranks is not the mesh's.
@@ -250,17 +381,19 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
     """
     is_joined = torch.distributed.is_initialized()
     rank = join_ranks(mesh, device)
-    if mesh.num_ranks == 1:
-        yield World(mesh, 0, device)
-        return
+    ring = None if watched is None else Ring(ring_path(watched, rank), mesh, rank)
     try:
-        yield World(mesh, rank, device)
+        yield World(mesh, rank, device, ring)
     except Exception as error:
+        is_lost = is_peer_gone(error)
+        if ring is not None:
+            ring.close("lost" if is_lost else "failed")
+        if mesh.num_ranks == 1:
+            raise
         # The group is left as it is: taking it down could wait for ranks that are stuck.
         name = mesh.name_rank(rank)
         error.add_note(f"on {name}")
         hand_over(error)
-        is_lost = is_peer_gone(error)
         if is_lost or rank:  # of an error that all ranks see, the first rank tells
             time.sleep(_PATIENCE_S)
         if is_lost:
@@ -268,7 +401,9 @@ def open_world(mesh: MeshConfig, device: torch.device) -> Generator[World]:
         if isinstance(error, PacelineError):
             error.message = f"{name}: {error.message}"
         raise
-    if not is_joined:
+    if ring is not None:
+        ring.close("done")
+    if mesh.num_ranks > 1 and not is_joined:
         torch.distributed.destroy_process_group()
 
 
@@ -280,7 +415,9 @@ def _place() -> tuple[int, int]:
     return (environment.rank, environment.world_size) if environment else (0, 1)
 
 
-def make_group(mesh: MeshConfig, rank: int, axes: tuple[str, ...]) -> torch.distributed.ProcessGroup:
+def make_group(
+    mesh: MeshConfig, rank: int, axes: tuple[str, ...]
+) -> torch.distributed.ProcessGroup:
     """The group of ranks that differ from `rank` only on `axes`; every rank makes every group."""
     made = {members: torch.distributed.new_group(list(members)) for members in mesh.groups(axes)}
     mine = next(group for members, group in made.items() if rank in members)

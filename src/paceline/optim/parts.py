@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,16 @@ class Part(NamedTuple):
         """The gradient of what this rank stands for."""
         gradient = self.gradient
         return None if gradient is None else gradient[self.place.owned.within(self.place.box)]
+
+
+NamedParts = Mapping[str, Part] | Iterable[tuple[str, Part]]
+"""Parts by the names of the tensors that they are of. As pairs, a name may come several times: a
+rank's part of a tensor may be several boxes."""
+
+
+def named_parts(parts: NamedParts) -> list[tuple[str, Part]]:
+    """The same as pairs."""
+    return list(parts.items() if isinstance(parts, Mapping) else parts)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ from paceline.plan.rules.pipeline import (
     stages_per_rank,
     vocabulary_spreads,
 )
+from paceline.plan.rules.restart import restarts_are_counted, shrink_plans_are_read
+from paceline.plan.rules.resume import fixed_keys_stay
 from paceline.plan.rules.sharding import (
     ladder_fits,
     sharder_fits,
@@ -105,6 +107,18 @@ def require(
         raise ConfigError(problems, source=source)
 
 
+def require_resumable(before: Plan, after: Plan, *, source: str = "") -> None:
+    """Raises ConfigError if a run cannot go on under another plan, with every reason.
+
+    Args:
+        before: the run's plan.
+        after: the other plan, which `check` looks at as at any other.
+        source: where it comes from.
+    """
+    if problems := list(fixed_keys_stay(before, after)):
+        raise ConfigError(problems, source=source)
+
+
 def require_for_module(plan: Plan) -> None:
     """Raises ConfigError if a user's own module cannot be laid as a plan says."""
     known = Known(plan, None, None)
@@ -157,6 +171,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "pipeline.vocabulary_barriers",
     ),
     split_backward: ("pipeline.schedule", *_ZERO),
+    restarts_are_counted: ("resilience.on_failure", "resilience.max_restarts"),
+    shrink_plans_are_read: ("resilience.on_failure", "resilience.shrink_plans"),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
 WARNINGS: tuple[Rule, ...] = (token_ring_pays,)

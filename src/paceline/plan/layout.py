@@ -51,6 +51,26 @@ class Box:
         sizes = [max(0, end - start) for start, end in zip(starts, ends, strict=True)]
         return Box(tuple(starts), tuple(sizes))
 
+    def minus(self, other: Box) -> tuple[Box, ...]:
+        """What is left of it without what it shares with another: boxes that do not overlap."""
+        shared = self.meet(other)
+        if not shared.num_elements:
+            return (self,) if self.num_elements else ()
+        parts: list[Box] = []
+        core = self
+        for dim, (start, size) in enumerate(zip(shared.offsets, shared.sizes, strict=True)):
+            before = start - core.offsets[dim]
+            end = before + size
+            for span in (range(before), range(end, core.sizes[dim])):
+                if span:
+                    parts.append(core.narrowed(dim, span))
+            core = core.narrowed(dim, range(before, end))
+        return tuple(parts)
+
+    def __str__(self) -> str:
+        spans = zip(self.offsets, self._ends, strict=True)
+        return f"[{', '.join(f'{start}:{end}' for start, end in spans)}]"
+
     @property
     def _ends(self) -> tuple[int, ...]:
         return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))

@@ -1,10 +1,13 @@
 """The run folder: what a run is, so that it can be resumed and exported by its path alone.
 
 plan.toml                  the plan, every key written out
+plan-until-step-N.toml     the plan before, of a run that has gone on under another from step N
 run.toml                   model, data (and a hash of its tokens) and number of steps
 model/                     the model's small files: config, tokenizer
 records/rank-*.jsonl       what happened
+records/supervisor.jsonl   what was done about it, where ranks have failed
 checkpoints/step-N/        complete when manifest.json is there
+watch/rank-*.ring          the times of the last collectives, of a run that is watched
 """
 
 from __future__ import annotations
@@ -62,6 +65,11 @@ class RunFolder:
     def records(self, rank: int) -> Path:
         return self.path / "records" / f"rank-{rank}.jsonl"
 
+    @property
+    def supervisor_records(self) -> Path:
+        """What was done about ranks that failed."""
+        return self.path / "records" / "supervisor.jsonl"
+
     def start(self, config: RunConfig, plan: Plan, model_files: dict[str, str]) -> None:
         """Writes what the run is.
 
@@ -82,9 +90,30 @@ class RunFolder:
         """
         return held(self.path / _LOCK, f"the run in {self.path}")
 
+    def go_on(self, config: RunConfig, plan: Plan, step: int) -> None:
+        """Writes what the run is from now on; keeps the plan that was in force before.
+
+        Args:
+            config: as it is now.
+            plan: likewise.
+            step: the last one taken before.
+        """
+        before = self.read()
+        former = self.path / f"plan-until-step-{step}.toml"
+        if plan != before[1] and not former.exists():  # of several goes from a step, the first
+            write_text(former, before[1].to_toml())
+        if before != (config, plan):
+            write_text(self.path / "plan.toml", plan.to_toml())
+            write_text(self.path / "run.toml", config.to_toml())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "run.toml").exists()
+
     def require_new(self) -> None:
         """Raises UsageError if the folder holds a run already."""
-        if (self.path / "run.toml").exists():
+        if self.is_begun:
             hint = f"paceline train --resume {self.path}, or another --out"
             raise UsageError(f"{self.path} holds a run already", hint=hint)
 
@@ -94,7 +123,7 @@ class RunFolder:
         Raises:
             UsageError: not a run folder.
         """
-        if not (self.path / "run.toml").exists():
+        if not self.is_begun:
             raise UsageError(f"{self.path} is not a run folder: it has no run.toml")
         config = RunConfig.from_toml(self.path / "run.toml")
         return config, Plan.from_toml(self.path / "plan.toml")

@@ -8,7 +8,9 @@ import torch
 
 from paceline.optim.parts import Part
 from paceline.parallel.apply import ParallelModel
+from paceline.plan.declared import Declared, declare_decoder
 from paceline.plan.layout import Place
+from paceline.plan.model_spec import ModelSpec
 
 
 @dataclass(slots=True)
@@ -39,4 +41,19 @@ class State:
                 # Moments lie as their parameter does; the counter of steps is a scalar.
                 lies = place if value.ndim else Place.of_whole(())
                 named[f"optimizer.{name}.{key}"] = Part(value, lies)
+        return named
+
+    def declared(self, spec: ModelSpec) -> dict[str, Declared]:
+        """What tensors of the whole run are made of, by the names that `parts` gives them.
+
+        Moments are made as their parameter is; that a counter is not, its dimensions tell.
+
+        Args:
+            spec: of the whole model, of which this rank may have a part.
+        """
+        keys = {key for state in self.optimizer.state.values() for key in state}
+        of_parameters = declare_decoder(spec)
+        named = {f"model.{name}": declared for name, declared in of_parameters.items()}
+        for key in keys:
+            named |= {f"optimizer.{name}.{key}": d for name, d in of_parameters.items()}
         return named

@@ -14,6 +14,7 @@ from paceline.checkpoint import SAVERS
 from paceline.checkpoint.base import SavedRun, Saver, Told
 from paceline.checkpoint.interval import Interval
 from paceline.checkpoint.load import load
+from paceline.checkpoint.manifest import read_manifest
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
 from paceline.dist.world import World
@@ -33,6 +34,7 @@ from paceline.train.evaluate import evaluate
 from paceline.train.inputs import open_inputs, require_same_model
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
+from paceline.train.progress import progress_of, require_same_order
 from paceline.train.records import EvalRecord, RunRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.state import State
@@ -79,11 +81,14 @@ class Trainer:
         """Takes up the state that a checkpoint holds.
 
         Raises:
-            UsageError: it holds additions to a model whose weights are others now.
+            UsageError: it holds additions to a model whose weights are others now, or it has read
+                its data in another order.
             DataError: it is damaged, or another run's.
         """
         if self.state.model.added:
             require_same_model(self.config, self.source)
+        progress = read_manifest(checkpoint).progress
+        require_same_order(checkpoint, progress, self.plan, self.config)
         manifest = load(checkpoint, self.state.parts(), self.world)
         self.state.model.finish_update()
         self.state.step = manifest.step
@@ -98,6 +103,7 @@ class Trainer:
             self._begin()
             self._evaluate_if_due()
             self._interval = Interval(self.plan.checkpoint, self.world, self.state.step)
+            self.world.begin_training()
             while self.state.step < self.config.steps:
                 start_s = self.clock.now_s()
                 step = self.state.step + 1
@@ -112,14 +118,15 @@ class Trainer:
                     before_update=saver.fence,
                 )
                 synchronize(self.world.device)
+                self.world.finish_step(self.state.step)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
                 self._interval.note_step(record.time_s)
                 self._tell(saver.poll())
                 if self._interval.is_due(step) or step == self.config.steps:
-                    self._interval.begin(step)
-                    saver.begin(step, self.state.parts())
+                    self._save(saver)
                 self._evaluate_if_due()
-            self._tell(saver.finish())
+            with self.world.phase("saving"):
+                self._tell(saver.finish())
         return record
 
     def _begin(self) -> None:
@@ -170,8 +177,17 @@ class Trainer:
         return record
 
     def _open_saver(self) -> Saver:
-        run = SavedRun(self.folder.path, self.plan, self.source.spec, self.world)
+        spec = self.source.spec
+        run = SavedRun(self.folder.path, self.plan, spec, self.world, self.state.declared(spec))
         return SAVERS.load(self.plan.checkpoint.method)(run, self.state.parts())
+
+    def _save(self, saver: Saver) -> None:
+        """Begins to save the state."""
+        step, optimizer = self.state.step, self.state.optimizer
+        progress = progress_of(step, self.plan, self.config, optimizer)
+        with self.world.phase("saving"):
+            self._interval.begin(step)
+            saver.begin(step, self.state.parts(), progress)
 
     def _tell(self, saves: list[Told]) -> None:
         """Writes down what has become of saves."""
@@ -187,13 +203,14 @@ class Trainer:
             return
         start_s = self.clock.now_s()
         batches = self.held_out.batches(self.world.data_index)
-        result = evaluate(
-            self.state.model,
-            batches,
-            self.objective,
-            self.world,
-            num_microbatches=self.plan.mesh.pp,
-        )
+        with self.world.phase("evaluating"):
+            result = evaluate(
+                self.state.model,
+                batches,
+                self.objective,
+                self.world,
+                num_microbatches=self.plan.mesh.pp,
+            )
         self.evaluation = EvalRecord(
             step=step,
             loss=result.loss,

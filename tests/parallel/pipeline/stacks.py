@@ -148,5 +148,5 @@ class Rank:
     def run(self) -> Outcome:
         self.runtime.run()
         trace = [span.action for span in self.runtime.trace]
-        traffic = self.world.traffic.transfers
+        traffic = list(self.world.traffic.transfers)
         return Outcome(gradients_of(self.stages), self.losses, trace, self.finished, traffic)

@@ -15,10 +15,6 @@ from paceline.plan.rules.known import Known, value_at
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "resilience.watch": (False,),
-    "resilience.on_failure": ("stop",),
-    "resilience.max_restarts": (0,),
-    "resilience.shrink_plans": ((),),
     "serve.kv_memory_bytes": (None,),
     "serve.weights": ("auto",),
     "serve.max_sequences": (1,),
@@ -71,6 +67,7 @@ NOT_NEGATIVE = (
     "checkpoint.keep",
     "checkpoint.keep_every",
     "checkpoint.buffer_bytes",
+    "resilience.max_restarts",
 )
 
 
