@@ -330,6 +330,44 @@ def test_a_disk_that_fills_stops_the_run_with_one_clear_error(
 
 
 @pytest.mark.parametrize("method", SAVERS)
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, method):
+    import errno
+    import os
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    parts = parts_of(value=1.0)
+    saver = SAVERS.load(method)(run_of(tmp_path), parts)
+    save_one(saver, 1, parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        with pytest.raises(PacelineError, match=r"step-2 cannot be written: .*Read-only"):
+            saver.begin(2, parts)
+    saver.close()
+    assert value_of(level_folder(tmp_path, "disk") / "step-1") == (1, 1.0)
+
+
+@pytest.mark.parametrize("method", SAVERS)
+def test_a_folder_that_vanishes_in_the_middle_of_a_save_is_named(tmp_path, monkeypatch, method):
+    import os
+    import shutil
+
+    folder, fsync = level_folder(tmp_path, "disk"), os.fsync
+
+    def vanish(handle: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        fsync(handle)
+
+    parts = parts_of()
+    saver = SAVERS.load(method)(run_of(tmp_path), parts)
+    monkeypatch.setattr(os, "fsync", vanish)
+    with pytest.raises(PacelineError, match=r"step-1 cannot be written: .*No such file"):
+        save_one(saver, 1, parts)
+    saver.close()
+
+
+@pytest.mark.parametrize("method", SAVERS)
 def test_a_run_that_may_go_on_does_so_without_the_save(tmp_path, monkeypatch, method):
     parts = parts_of(value=1.0)
     saver = SAVERS.load(method)(run_of(tmp_path, on_error="continue"), parts)

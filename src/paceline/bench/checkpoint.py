@@ -183,7 +183,9 @@ def _theirs(loop: _Loop, folder: Path, stager: DefaultStager | None) -> _Side:
         state = {name: part.local for name, part in loop.state.parts().items()}
         logging.disable(logging.WARNING)
         with quiet():
-            pending.append(dcp.async_save(state, storage_writer=writer, async_stager=stager))
+            pending.append(
+                dcp.async_save(state, storage_writer=writer, async_stager=stager, no_dist=True)
+            )
 
     def wait() -> None:
         pending.pop().result()
