@@ -104,6 +104,11 @@ class Manifest:
     progress: Progress | None = None
     format: int = FORMAT
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all files but itself."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
     def stating(self, progress: Progress | None, declared: Mapping[str, Declared]) -> Manifest:
         """The same with what a run says of itself.
 
