@@ -204,6 +204,31 @@ def test_ranks_save_together(tmp_path, buffer_bytes):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_copies_that_differ_end_the_run_whatever_it_does_about_disks(tmp_path, on_error):
+    def run(rank: int) -> str:
+        world = World(MeshConfig(dp_replicate=2), rank, torch.device("cpu"))
+        count = torch.tensor(1.0 + rank * 2**-23)
+        parts = parts_of(world, 1.0) | {"optimizer.count": Part.of_whole(count)}
+        saved = run_of(tmp_path, world, method="lazy", on_error=on_error)
+        saver = LazySaver(saved, parts)
+        saver.begin(1, parts)
+        saver.fence()
+        try:
+            saver.finish()
+        except Exception as error:  # one rank may see no more than that it has lost the other
+            return str(error)
+        finally:
+            saver.close()
+        return "saved"
+
+    first, second = run_ranks(run, 2)
+    assert first.startswith("optimizer.count: rank(s) 0 and rank(s) 1 hold different bits")
+    assert second != "saved"
+    assert complete_checkpoints(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.ranks
 def test_a_checkpoint_is_visible_once_every_rank_is_on_disk(tmp_path):
     def work(rank: int) -> bool:
         world = World(MeshConfig(dp_shard=2), rank, torch.device("cpu"))
@@ -212,9 +237,9 @@ def test_a_checkpoint_is_visible_once_every_rank_is_on_disk(tmp_path):
         if rank == 1:
             write_share = saver_module._Files.write_share
 
-            def late(files: Any, staged: Any) -> None:
+            def late(files: Any, staged: Any, copies: Any) -> None:
                 time.sleep(0.5)
-                write_share(files, staged)
+                write_share(files, staged, copies)
 
             saver_module._Files.write_share = late
         saver.begin(1, parts)

@@ -22,7 +22,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,22 +37,32 @@ from torch.distributed.checkpoint.storage import WriteResult
 from paceline.checkpoint.agree import agreed
 from paceline.checkpoint.base import LostSaveRecord, SavedRun, SaveRecord, Told
 from paceline.checkpoint.commit import commit, manifest_of, open_unfinished, unfinished
-from paceline.checkpoint.copies import check_copies
+from paceline.checkpoint.copies import (
+    Fingerprint,
+    Region,
+    copied_regions,
+    fingerprints,
+    require_equal_copies,
+)
 from paceline.checkpoint.fill import SlowerLevels
 from paceline.checkpoint.levels import level_folder, require_levels, require_run_folder
 from paceline.checkpoint.manifest import FileEntry, Progress
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.save import not_written
 from paceline.checkpoint.staging import StagedTensors, Staging
-from paceline.core.errors import PacelineError
+from paceline.core.errors import PacelineError, RankError
 from paceline.core.files import sha256, write_text
 from paceline.dist.world import World
-from paceline.optim.parts import NamedParts, named_parts
+from paceline.optim.parts import NamedParts, Part, named_parts
+from paceline.plan.layout import Box
 
 _METADATA = ".metadata"
 _POLL_S = 0.01
 # How long a run that fails waits for the other ranks' files of a save that it has begun.
 _PATIENCE_S = 5.0
+
+
+Copies = dict[Region, Fingerprint]
 
 
 class Layout(NamedTuple):
@@ -62,11 +72,13 @@ class Layout(NamedTuple):
         local: all that this rank could write.
         mine: what it does write.
         metadata: torch's account of all tensors.
+        copied: what several ranks hold, and must hold alike.
     """
 
     local: SavePlan
     mine: SavePlan
     metadata: Metadata
+    copied: frozenset[Region]
 
 
 class WriteEnd(NamedTuple):
@@ -83,12 +95,15 @@ class WriteEnd(NamedTuple):
 
 def agree_on_layout(parts: NamedParts, world: World) -> Layout:
     """Decides who writes what; collective."""
+    parts = named_parts(parts)
     planner = PartsWriter(parts)
     planner.set_up_planner({})
     local = planner.create_local_plan()
     plans, metadata = planner.create_global_plan(world.collect(local))
     plans = FileSystemWriter("").prepare_global_plan(plans)
-    return Layout(local, planner.finish_plan(plans[world.rank]), metadata)
+    boxes = world.collect([(name, part.place.box) for name, part in parts])
+    mine = planner.finish_plan(plans[world.rank])
+    return Layout(local, mine, metadata, copied_regions(boxes))
 
 
 class LazySaver:
@@ -119,7 +134,6 @@ class LazySaver:
         self._settle()
         stall_s = time.perf_counter() - start_s
         parts = named_parts(parts)
-        check_copies(parts, self._run.world)
         live = PartsWriter(parts)
         assert live.create_local_plan().items == self._layout.local.items, "the layout has changed"
         sources = [live.resolve_data(item) for item in self._layout.mine.items]
@@ -130,7 +144,7 @@ class LazySaver:
             return
         staged = StagedTensors(self._staging, sources)
         files = _Files(self._run, self._folder, step, self._layout, self._levels, progress)
-        self._write = _Write(staged, files, self._filler)
+        self._write = _Write(parts, staged, files, self._filler)
         self._write.stall_s = stall_s
         self._write.stood_s = time.perf_counter() - start_s
 
@@ -140,7 +154,7 @@ class LazySaver:
 
     def poll(self) -> list[Told]:
         write = self._write
-        if write is not None and write.error is not None and self._config.on_error == "stop":
+        if write is not None and write.error is not None and self._ends_run(write.error):
             raise self._failure(write.step, write.error)
         # The other ranks learn that all is on disk when the next save begins.
         if write is not None and self._run.world.is_first and write.is_complete:
@@ -201,10 +215,14 @@ class LazySaver:
         if self._run.world.is_first:
             shutil.rmtree(unfinished(self._folder, step), ignore_errors=True)
         failure = self._failure(step, error)
-        if self._config.on_error == "stop":
+        if self._ends_run(error):
             raise failure from error
         level = self._config.levels[0]
         self._told.append(LostSaveRecord(step=step, level=level, why=str(failure.message)))
+
+    def _ends_run(self, error: Exception) -> bool:
+        """Whether a save that fails so ends the run: copies that differ are no matter of disks."""
+        return self._config.on_error == "stop" or isinstance(error, RankError)
 
     def _failure(self, step: int, error: Exception) -> PacelineError:
         if isinstance(error, PacelineError):
@@ -236,16 +254,22 @@ class _Files:
     def path(self) -> Path:
         return unfinished(self.folder, self.step)
 
-    def write_share(self, staged: StagedTensors) -> None:
-        """Puts what this rank writes on disk, and then its account of it."""
+    def write_share(self, staged: StagedTensors, copies: Copies) -> None:
+        """Puts what this rank writes on disk, and then its account of it.
+
+        Args:
+            staged: what it writes.
+            copies: what its copies come to, once all is staged.
+        """
         # Nothing is taken ahead: the room of a tensor is free once the next is asked for.
         writer = FileSystemWriter(self.path, sync_files=True, per_thread_copy_ahead=0)
         writer.set_up_storage_writer(False, rank=self.run.world.rank, use_collectives=False)
         results = writer.write_data(self.layout.mine, _FromStaged(staged)).wait()
         writer.finish(Metadata({}), [results])
         written = self.path.glob(f"{self.layout.mine.storage_data.prefix}*")
-        entries = {name: asdict(entry) for name, entry in _entries(written).items()}
-        write_text(self._account(self.run.world.rank), json.dumps(entries))
+        staged.staged.wait()  # also where this rank writes nothing
+        share = _Share(_entries(written), copies)
+        write_text(self._account(self.run.world.rank), share.to_json())
 
     def commit(self, is_over: threading.Event) -> int:
         """Waits for the accounts of all ranks, and gives the checkpoint its name.
@@ -256,7 +280,9 @@ class _Files:
         Returns:
             The bytes of all files.
         """
-        run, files = self.run, self._collect(is_over)
+        run, shares = self.run, self._collect(is_over)
+        require_equal_copies([share.copies for share in shares])
+        files = {name: entry for share in shares for name, entry in share.files.items()}
         reader = FileSystemReader(self.path)
         results: list[list[WriteResult]] = []
         for rank in range(run.world.mesh.num_ranks):
@@ -273,20 +299,46 @@ class _Files:
         self.levels.drop_old()
         return manifest.size_bytes
 
-    def _collect(self, is_over: threading.Event) -> dict[str, FileEntry]:
-        """The files of all ranks, once they are on disk."""
-        files: dict[str, FileEntry] = {}
+    def _collect(self, is_over: threading.Event) -> list[_Share]:
+        """What ranks have written, in order of rank, once it is on disk."""
+        shares: list[_Share] = []
         for rank in range(self.run.world.mesh.num_ranks):
             account = self._account(rank)
             while not account.exists():
                 if is_over.wait(_POLL_S):
                     raise PacelineError(f"rank {rank} has not written its share")
-            entries = json.loads(account.read_text(encoding="utf-8"))
-            files |= {name: FileEntry(**entry) for name, entry in entries.items()}
-        return files
+            shares.append(_Share.from_json(account.read_text(encoding="utf-8")))
+        return shares
 
     def _account(self, rank: int) -> Path:
         return self.path / f".share-{rank}"
+
+
+class _Share(NamedTuple):
+    """A rank's account of what it has written.
+
+    Attributes:
+        files: by name.
+        copies: what those of its parts come to that other ranks hold too.
+    """
+
+    files: dict[str, FileEntry]
+    copies: Copies
+
+    def to_json(self) -> str:
+        files = {name: asdict(entry) for name, entry in self.files.items()}
+        copies = [[name, box.offsets, box.sizes, *f] for (name, box), f in self.copies.items()]
+        return json.dumps({"files": files, "copies": copies})
+
+    @classmethod
+    def from_json(cls, text: str) -> _Share:
+        data = json.loads(text)
+        files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
+        copies = {
+            (name, Box(tuple(offsets), tuple(sizes))): (plain, weighted)
+            for name, offsets, sizes, plain, weighted in data["copies"]
+        }
+        return cls(files, copies)
 
 
 def _entries(paths: Iterable[Path]) -> dict[str, FileEntry]:
@@ -311,7 +363,8 @@ class _Write:
     """A save between its begin and its end, and the two threads that it has.
 
     Args:
-        staged: its tensors.
+        parts: of this rank.
+        staged: of these, what it writes.
         files: its files.
         filler: told when it is complete; the first rank has one.
 
@@ -323,19 +376,26 @@ class _Write:
         is_told: whether the trainer knows that it is complete.
     """
 
-    def __init__(self, staged: StagedTensors, files: _Files, filler: _Filler | None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[str, Part]],
+        staged: StagedTensors,
+        files: _Files,
+        filler: _Filler | None,
+    ) -> None:
         self.step = files.step
         self.stall_s = self.stood_s = 0.0
         self.error: Exception | None = None
         self.is_told = False
-        self._staged, self._files, self._filler = staged, files, filler
+        self._parts, self._staged, self._files, self._filler = parts, staged, files, filler
+        self._copies: Copies = {}
         self._start_s = time.perf_counter()
         self._end = WriteEnd(0.0, 0)
         self._is_share_written = False
         self._has_share, self._is_over = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=work, name=f"save {self.step}: {name}", daemon=True)
-            for name, work in (("copies", staged.stage), ("writes", self._work))
+            for name, work in (("copies", self._copy), ("writes", self._work))
         ]
         for thread in self._threads:
             thread.start()
@@ -398,10 +458,18 @@ class _Write:
             size_bytes=end.size_bytes,
         )
 
+    def _copy(self) -> None:
+        """Reads all that must not change until the fence; the work of a thread."""
+        try:
+            self._copies.update(fingerprints(self._parts, self._files.layout.copied))
+        except Exception as error:
+            self._staged.abandon(error)
+        self._staged.stage()
+
     def _work(self) -> None:
         """Writes, and commits on the first rank; the work of a thread."""
         try:
-            self._files.write_share(self._staged)
+            self._files.write_share(self._staged, self._copies)
             self._is_share_written = True
             self._has_share.set()
             if self._filler is not None:

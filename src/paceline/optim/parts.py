@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,9 @@ rank's part of a tensor may be several boxes."""
 
 def named_parts(parts: NamedParts) -> list[tuple[str, Part]]:
     """The same as pairs."""
-    return list(parts.items() if isinstance(parts, Mapping) else parts)
+    if isinstance(parts, Mapping):
+        return list(cast(Mapping[str, Part], parts).items())
+    return list(parts)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def module_parts(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tu
     found: list[tuple[str, Part]] = []
     for name, parameter in parameters.items():
         found += ((f"model.{name}", part) for part in _parts(name, parameter.detach(), spread))
-    names = {parameter: name for name, parameter in parameters.items()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     for parameter, state in optimizer.state.items():
         if parameter not in names:
             hint = "make the optimizer over module.parameters(), after parallelize"
