@@ -60,6 +60,13 @@ def test_any_one_flipped_bit_and_any_exchange_change_the_fingerprint(data):
     assert (print_of(tensor(swapped)) == before) == (swapped == raw)
 
 
+def test_large_tensors_are_summed_up_in_pieces_as_small_ones():
+    values = torch.randint(-(2**31), 2**31, (600_001,), dtype=torch.int64).to(torch.int32)
+    plain = int(values.long().sum())
+    weighted = int((values.long() * torch.arange(1, 600_002)).sum())
+    assert print_of(values) == (plain, weighted)
+
+
 def test_signs_of_zeros_and_payloads_of_nans_count():
     zeros, nans = torch.tensor([0.0, -0.0]), torch.tensor([float("nan")])
     assert print_of(zeros) != print_of(zeros.abs())
@@ -134,4 +141,4 @@ def test_fingerprints_are_cheap():
     start_s = time.perf_counter()
     print_of(tensor)
     time_s = time.perf_counter() - start_s
-    assert time_s < 3, time_s  # 0.15 s measured on one idle core
+    assert time_s < 2, time_s  # 0.02 s on an idle core
