@@ -517,6 +517,30 @@ def test_an_interrupt_ends_ranks_with_one_line(start, to_all):
     assert assert_whole(running.checkpoints) >= 2
 
 
+SUPERVISED = ("--set", "resilience.on_failure=restart", "--set", "resilience.max_restarts=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [((), -signal.SIGTERM), (TWO_RANKS, 143), (SUPERVISED, 143)],
+    ids=["1", "2", "supervised"],
+)
+def test_a_termination_ends_a_run_and_loses_nothing_that_was_saved(start, more, code):
+    """As schedulers end runs: nobody starts the ranks again."""
+    running = start(*more)
+    running.wait_for("saved")
+    ranks = running.ranks()
+    running.wait_for("step 3/")
+    running.process.terminate()
+    err = running.rest()
+    assert running.process.returncode == code
+    assert "Traceback" not in err
+    assert "restart " not in err
+    assert all_end_within(ranks, 3)
+    assert assert_whole(running.checkpoints) >= 2
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_orphans_and_goes_on_to_the_same_losses(start):
     running = start(
