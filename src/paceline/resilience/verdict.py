@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from paceline.dist.calls import Call, RankTrace
+from paceline.resilience.clocks import aligned
 from paceline.resilience.delays import slow_way
 from paceline.resilience.lateness import late_rank
 
@@ -114,6 +115,7 @@ def judge(traces: Sequence[RankTrace], now_s: float, *, patience: float) -> Verd
         return found
     if timeouts.step_s is None:
         return None
+    traces = aligned(traces)
     if (late := late_rank(traces, timeouts.step_s, patience)) is not None:
         return Verdict("straggler", (late.rank,), late.evidence)
     if (slow := slow_way(traces)) is not None:
