@@ -11,11 +11,13 @@ from typing import Any
 import certified
 import faults
 import ladder_retrained
+import recovery
 from kills import prove
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
-NUM_KILLS = 200
+NUM_KILLS, NUM_KILLS_OF_RANKS = 180, 20
+NUM_RECOVERIES = 10
 
 
 def _losses(record: dict[str, Any]) -> str:
@@ -29,7 +31,9 @@ def _losses(record: dict[str, Any]) -> str:
 
 def main() -> None:
     certified.main()
-    records = prove(RECORDS / "kills", NUM_KILLS)
+    records = prove(RECORDS / "lazy_kills", NUM_KILLS)
+    records += prove(RECORDS / "lazy_kills_of_ranks", NUM_KILLS_OF_RANKS, ranks=2)
+    recovered = recovery.prove(RECORDS / "recovery", NUM_RECOVERIES)
     found = faults.prove(RECORDS / "faults.jsonl")
     held_out, prose = ladder_retrained.prove(RECORDS / "ladder")
     commit = subprocess.run(
@@ -40,6 +44,7 @@ def main() -> None:
         check=True,
     ).stdout.strip()
     partial = sum(bool(record["partial"]) for record in records)
+    lost = max(int(str(record["lost_steps"])) for record in records)
     (ROOT / "docs" / "evidence.md").write_text(
         f"""# Evidence
 
@@ -47,9 +52,13 @@ Written by `make evidence`, commit {commit}, {date.today()}. CI runs a seeded te
 
 | proof | done | outcome |
 |---|---|---|
-| a run that saves at every step, killed with SIGKILL and resumed (`evidence/kills.py`) | \
-{len(records)} kills, {partial} of them in the middle of a save | every logged loss equals the \
-uninterrupted run's, every newest complete checkpoint is whole |
+| a run that saves lazily at every step, killed with SIGKILL and resumed (`evidence/kills.py`) | \
+{len(records)} kills, {NUM_KILLS_OF_RANKS} of runs of two ranks, {partial} in the middle of a save \
+| every logged loss equals the uninterrupted run's, every newest complete checkpoint is whole, at \
+most {lost} logged steps had to be taken again |
+| supervised runs on four ranks, of which a random one is killed or stopped \
+(`evidence/recovery.py`) | {len(recovered)} faults on {len(recovery.LAYOUTS)} layouts | \
+{recovery.summary(recovered)} (least / median / most), every logged loss equals one rank's |
 | a rank that dies, stops or sleeps, or a link that slows down, of four watched ranks \
 (`evidence/faults.py`) | {len(found)} trials | {faults.summary(found)} |
 | SmolLM2's upper half converted to a ladder residual and trained again \

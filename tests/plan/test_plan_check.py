@@ -108,11 +108,13 @@ def test_the_hint_of_what_is_not_built_says_what_is():
     hint = check(plan_with(("precision.params", "bfloat16")))[0].hint
     assert hint == 'use "float32", "float64"'
     assert check(plan_with(("pipeline.stage_cuts", [1])))[0].hint.startswith("leave it out")
-    (problem,) = check(plan_with(("checkpoint.levels", ["memory", "disk"])))
-    assert (problem.value, problem.hint) == ('["memory", "disk"]', 'use ["disk"]')
-    (problem,) = check(plan_with(("checkpoint.interval_steps", "auto")))
-    assert (problem.path, problem.rule) == ("checkpoint.interval_steps", REFUSED)
-    assert problem.hint == "give a number of steps"
+
+
+@pytest.mark.parametrize("levels", [[], ["disk", "disk"], ["memory", ""]])
+def test_levels_are_named_once_each(levels):
+    (problem,) = check(plan_with(("checkpoint.levels", levels)))
+    assert (problem.path, problem.hint) == ("checkpoint.levels", 'use ["memory", "disk"]')
+    assert check(plan_with(("checkpoint.levels", ["memory", "disk", "/mnt/far"]))) == []
 
 
 @pytest.mark.parametrize("path", POSITIVE)

@@ -11,6 +11,7 @@ BENCHMARKS = NameTable(
         "vocabulary": "paceline.bench.vocabulary:run",
         "ladder": "paceline.bench.ladder:run",
         "watch": "paceline.bench.watch:run",
+        "checkpoint": "paceline.bench.checkpoint:run",
     },
 )
 """Name to ``run(...)``, which gives an `Outcome`, or several by name, and whose keywords are the

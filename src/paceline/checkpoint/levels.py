@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paceline.checkpoint.base import SavedRun
 from paceline.checkpoint.manifest import complete_checkpoints
+from paceline.core.errors import PacelineError, UsageError
 
 MEMORY, DISK = "memory", "disk"
 _MEMORY = Path("/dev/shm")  # of the machine: it outlives processes, and not a reboot
@@ -59,6 +62,32 @@ def level_folder(run_folder: Path, level: str) -> Path:
     if level == MEMORY:
         return memory_folder(run_folder) / "checkpoints"
     return Path(level).expanduser() / f"{run_folder.resolve().name}-{_hash(run_folder)}"
+
+
+def require_levels(run: SavedRun) -> None:
+    """Refuses levels that the ranks of a run do not share; called by all of them.
+
+    Raises:
+        UsageError: `memory`, where the ranks are on several machines.
+    """
+    if MEMORY not in run.plan.checkpoint.levels:
+        return
+    machines = sorted(set(run.world.collect(platform.node())))
+    if len(machines) > 1:
+        raise UsageError(
+            f'checkpoint.levels has "{MEMORY}", but the ranks are on {", ".join(machines)}',
+            hint="a level must be a folder that all machines share",
+        )
+
+
+def require_run_folder(run: SavedRun) -> None:
+    """Refuses to save a run whose folder has vanished: nobody could resume it.
+
+    Raises:
+        PacelineError: it has.
+    """
+    if not run.folder.is_dir():
+        raise PacelineError(f"the run's folder {run.folder} has vanished", hint="was it moved?")
 
 
 def memory_folder(run_folder: Path) -> Path:

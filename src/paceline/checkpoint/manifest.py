@@ -104,18 +104,23 @@ class Manifest:
     progress: Progress | None = None
     format: int = FORMAT
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all files but itself."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
     def stating(self, progress: Progress | None, declared: Mapping[str, Declared]) -> Manifest:
         """The same with what a run says of itself.
 
         Args:
             progress: of the run.
             declared: what tensors are made of, by name. Nothing is said of those that are absent,
-                nor of those whose dimensions are not the declared ones, as a counter's of steps.
+                nor of those of other dimensions than their axes, as of a counter of steps.
         """
         tensors = dict(self.tensors)
         for name, entry in tensors.items():
             known = declared.get(name)
-            if known is not None and len(known.axes) == len(entry.shape):
+            if known is not None and len(known.axes) in (0, len(entry.shape)):
                 tensors[name] = replace(entry, axes=known.axes, pieces=known.pieces)
         return replace(self, tensors=tensors, progress=progress)
 

@@ -1,29 +1,28 @@
-"""Tensors to disk, through torch's distributed checkpoint."""
+"""Tensors to disk, through torch's distributed checkpoint, while the caller waits."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import paceline
-from paceline.checkpoint.copies import check_copies
-from paceline.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    Progress,
-    TensorEntry,
-    complete_checkpoints,
+from paceline.checkpoint.agree import agreed
+from paceline.checkpoint.base import SavedRun
+from paceline.checkpoint.commit import (
+    commit,
+    drop_old,
+    manifest_of,
+    open_unfinished,
+    unfinished,
 )
+from paceline.checkpoint.copies import check_copies
+from paceline.checkpoint.manifest import FileEntry, Progress
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.quiet import quiet
 from paceline.core.errors import PacelineError
-from paceline.core.files import sha256, sync_file
+from paceline.core.files import sha256
 from paceline.dist.world import World
 from paceline.optim.parts import NamedParts, named_parts
 from paceline.plan.declared import Declared
@@ -36,7 +35,7 @@ def save(
     step: int,
     parts: NamedParts,
     plan: Plan,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     world: World,
     *,
     progress: Progress | None = None,
@@ -44,12 +43,11 @@ def save(
 ) -> Path:
     """Writes ``folder/step-N``; called by every rank with what it holds.
 
-    A kill at any point leaves the complete checkpoints of other steps, and at most a folder
-    without a manifest, which no reader takes for a checkpoint and which the next save of that
-    step replaces.
+    A kill at any point leaves the complete checkpoints of other steps, and at most a hidden
+    folder, which no reader takes for a checkpoint and which the next save removes.
 
     Returns:
-        The checkpoint, complete once this returns on the first rank.
+        The checkpoint, complete once this returns on any rank.
 
     Raises:
         RankError: ranks hold different bits of what should be copies; nothing has been written.
@@ -57,57 +55,36 @@ def save(
     """
     check_copies(parts, world)
     target = folder / f"step-{step}"
-    retired = folder / f".retired-step-{step}"
-    if world.is_first:
-        for left in folder.glob(".retired-*"):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
-        if target.exists():
-            target.rename(retired)
-        target.mkdir(parents=True)
-    world.barrier()
-    _write(target, parts, no_dist=world.mesh.num_ranks == 1)
-    if world.is_first:
-        _manifest(target, step, plan, spec).stating(progress, declared or {}).commit(target)
-        sync_file(folder)
-        shutil.rmtree(retired, ignore_errors=True)
-        _drop_old(folder, plan.checkpoint.keep)
-    world.barrier()
+    run = SavedRun(target, plan, spec, world, declared or {})
+    try:
+        agreed(world, lambda: open_unfinished(folder, step) if world.is_first else None)
+        _write(unfinished(folder, step), parts, no_dist=world.mesh.num_ranks == 1)
+        agreed(world, lambda: _commit(folder, step, run, progress) if world.is_first else None)
+    except OSError as error:
+        raise not_written(target, error) from error
     return target
+
+
+def not_written(target: Path, error: Exception) -> PacelineError:
+    """What a user reads of a checkpoint that cannot be written."""
+    hint = "is there space? The complete checkpoints are as they were"
+    return PacelineError(f"{target} cannot be written: {error}", hint=hint)
 
 
 def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
     parts = named_parts(parts)
     named: dict[str, object] = {name: part.local for name, part in parts}
-    try:
-        with quiet():
-            writer = FileSystemWriter(target, sync_files=True)
-            planner = PartsWriter(parts)
-            dcp.save(named, storage_writer=writer, planner=planner, no_dist=no_dist)
-    except OSError as error:
-        hint = "is there space? The complete checkpoints are as they were"
-        raise PacelineError(f"{target} cannot be written: {error}", hint=hint) from error
+    with quiet():
+        writer = FileSystemWriter(target, sync_files=True)
+        planner = PartsWriter(parts)
+        dcp.save(named, storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
-def _manifest(target: Path, step: int, plan: Plan, spec: ModelSpec) -> Manifest:
-    stored = FileSystemReader(target).read_metadata().state_dict_metadata
-    files = sorted(file for file in target.iterdir() if file.is_file())
-    return Manifest(
-        step=step,
-        versions={"paceline": paceline.__version__, "torch": torch.__version__},
-        plan=plan.to_dict(),
-        model=spec.to_dict(),
-        files={f.name: FileEntry(f.stat().st_size, sha256(f)) for f in files},
-        tensors={
-            name: TensorEntry(tuple(t.size), str(t.properties.dtype).removeprefix("torch."))
-            for name, t in stored.items()
-            if isinstance(t, TensorStorageMetadata)
-        },
-    )
-
-
-def _drop_old(folder: Path, keep: int) -> None:
-    for old in complete_checkpoints(folder)[:-keep] if keep else []:
-        # Out of sight first: a kill in the middle must not leave half a checkpoint.
-        retired = old.with_name(f".retired-{old.name}")
-        old.rename(retired)
-        shutil.rmtree(retired)
+def _commit(folder: Path, step: int, run: SavedRun, progress: Progress | None) -> None:
+    """Makes a written checkpoint complete, and removes those that are too old."""
+    path = unfinished(folder, step)
+    files = {f.name: FileEntry(f.stat().st_size, sha256(f)) for f in path.iterdir()}
+    metadata = FileSystemReader(path).read_metadata()
+    manifest_of(step, run, metadata, files, progress).commit(path)
+    commit(folder, step)
+    drop_old(folder, run.plan.checkpoint)

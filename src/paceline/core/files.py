@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from paceline.core.errors import UsageError
+
 _CHUNK_BYTES = 1 << 22
 
 
@@ -76,6 +78,34 @@ def locked(path: Path) -> Generator[None]:
             finally:
                 file.unlink()
             return
+
+
+@contextmanager
+def held(path: Path, what: str) -> Generator[None]:
+    """Holds `path`, a file that is made, for this process alone; the kernel frees it at its end.
+
+    Args:
+        path: the file; it says which process holds it.
+        what: is held, for the error.
+
+    Raises:
+        UsageError: another process holds it; it is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UsageError(
+                f"{what} is being written by another process, {holder}",
+                hint=f"wait for it to end, or end it: kill {holder}",
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def _is_file(handle: BinaryIO, path: Path) -> bool:

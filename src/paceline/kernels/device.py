@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from paceline.core.errors import UsageError
 
 _DEVICES = ("auto", "cpu", "cuda")
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+# Bits are copied as numbers that numpy has, which bfloat16 is not.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -102,6 +105,39 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def host_buffer(size_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes of host memory that tensors of `device` are copied to: page-locked for CUDA."""
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+class HostCopies:
+    """Copies tensors to host memory beside what `device` computes.
+
+    Args:
+        device: that the tensors are on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def follow(self) -> None:
+        """What is copied from now on is as the work queued so far by this thread leaves it."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Returns once a tensor has been copied to one of its shape and dtype in host memory."""
+        if self._stream is None:
+            # By numpy, in this thread alone: torch would start threads for each that copies.
+            bits = _INTEGERS[source.itemsize]
+            np.copyto(target.view(bits).numpy(), source.detach().view(bits).numpy())
+            return
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        self._stream.synchronize()
 
 
 def describe(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from paceline.core.errors import ConfigError, Problem
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
-from paceline.plan.rules.basic import betas, names, not_built, signs
+from paceline.plan.rules.basic import betas, levels, names, not_built, signs
 from paceline.plan.rules.context import (
     context_has_ranks,
     core_is_kept,
@@ -127,7 +127,7 @@ def require_for_module(plan: Plan) -> None:
         raise ConfigError(problems, source="the plan")
 
 
-BASIC_RULES: tuple[Rule, ...] = (signs, betas, not_built, names)
+BASIC_RULES: tuple[Rule, ...] = (signs, betas, levels, not_built, names)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")

@@ -232,7 +232,7 @@ class CheckpointConfig(Config):
         on_error: whether training goes on when a save fails.
     """
 
-    method: Literal["lazy", "blocking"] = "blocking"
+    method: Literal["lazy", "blocking"] = "lazy"
     interval_steps: int | Literal["auto"] = 100
     overhead_share: float = 0.02
     keep: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -161,7 +162,9 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     environment = rank_environment()
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
     watched = job.folder.path if job.plan.resilience.watch else None
-    with open_world(job.plan.mesh, device, watched=watched) as world:
+    with open_world(job.plan.mesh, device, watched=watched) as world, ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(job.folder.held())
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
         if job.checkpoint is not None:
             trainer.restore(job.checkpoint)

@@ -105,19 +105,3 @@ class EvalRecord(Record):
     perplexity: float
     tokens: int
     time_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SaveRecord(Record):
-    """A checkpoint is complete.
-
-    Attributes:
-        step: that it holds.
-        path: where it is.
-        time_s: that training stood still.
-    """
-
-    kind: ClassVar[str] = "save"
-    step: int
-    path: str
-    time_s: float

@@ -12,14 +12,17 @@ watch/rank-*.ring          the times of the last collectives, of a run that is w
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.core.config import Config
 from paceline.core.errors import UsageError
-from paceline.core.files import write_text
+from paceline.core.files import held, write_text
 from paceline.models.hf import SMALL_FILES
 from paceline.plan.plan import Plan
+
+_LOCK = ".writer"  # beside run.toml, which says whether there is a run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,14 @@ class RunFolder:
             write_text(self.path / "model" / name, text)
         write_text(self.path / "plan.toml", plan.to_toml())
         write_text(self.path / "run.toml", config.to_toml())
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other processes from writing to the run while this one does.
+
+        Raises:
+            UsageError: another does; it is named.
+        """
+        return held(self.path / _LOCK, f"the run in {self.path}")
 
     def go_on(self, config: RunConfig, plan: Plan, step: int) -> None:
         """Writes what the run is from now on; keeps the plan that was in force before.

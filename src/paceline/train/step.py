@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paceline.core.errors import PacelineError
@@ -39,9 +39,15 @@ def train_step(
     *,
     learning_rate: float,
     max_norm: float,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Accumulates the gradient over this rank's micro-batches and moves the weights."""
+    """Accumulates the gradient over this rank's micro-batches and moves the weights.
+
+    Until `before_update` has returned, parameters and optimizer state are as they were.
+    """
     result = compute_gradients(state, batches, objective, world, max_norm=max_norm)
+    if before_update is not None:
+        before_update()
     move_weights(state, learning_rate)
     return result
 

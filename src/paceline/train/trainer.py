@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 import paceline
+from paceline.checkpoint import SAVERS
+from paceline.checkpoint.base import SavedRun, Saver, Told
+from paceline.checkpoint.interval import Interval
 from paceline.checkpoint.load import load
 from paceline.checkpoint.manifest import read_manifest
-from paceline.checkpoint.save import save
 from paceline.core.clock import Clock, WallClock
 from paceline.core.record import RecordWriter
 from paceline.dist.world import World
@@ -33,7 +35,7 @@ from paceline.train.inputs import open_inputs, require_same_model
 from paceline.train.objective.base import Objective
 from paceline.train.objective.next_token import next_token
 from paceline.train.progress import progress_of, require_same_order
-from paceline.train.records import EvalRecord, RunRecord, SaveRecord, StepRecord
+from paceline.train.records import EvalRecord, RunRecord, StepRecord
 from paceline.train.run import RunConfig, RunFolder
 from paceline.train.state import State
 from paceline.train.step import StepResult, train_step
@@ -94,9 +96,13 @@ class Trainer:
     def run(self) -> StepRecord | None:
         """Takes the steps that are left and returns the last one's record."""
         record = None
-        with closing(RecordWriter(self.folder.records(self.world.rank))) as self._records:
+        with (
+            closing(RecordWriter(self.folder.records(self.world.rank))) as self._records,
+            closing(self._open_saver()) as saver,
+        ):
             self._begin()
             self._evaluate_if_due()
+            self._interval = Interval(self.plan.checkpoint, self.world, self.state.step)
             self.world.begin_training()
             while self.state.step < self.config.steps:
                 start_s = self.clock.now_s()
@@ -109,13 +115,18 @@ class Trainer:
                     self.world,
                     learning_rate=rate,
                     max_norm=self.plan.optimizer.clip_norm,
+                    before_update=saver.fence,
                 )
                 synchronize(self.world.device)
                 self.world.finish_step(self.state.step)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
-                if self._is_save_due():
-                    self._save()
+                self._interval.note_step(record.time_s)
+                self._tell(saver.poll())
+                if self._interval.is_due(step) or step == self.config.steps:
+                    self._save(saver)
                 self._evaluate_if_due()
+            with self.world.phase("saving"):
+                self._tell(saver.finish())
         return record
 
     def _begin(self) -> None:
@@ -165,27 +176,25 @@ class Trainer:
         self._say(log_line(record, self.config.steps))
         return record
 
-    def _is_save_due(self) -> bool:
-        interval = self.plan.checkpoint.interval_steps
-        assert isinstance(interval, int)
-        return self.state.step % interval == 0 or self.state.step == self.config.steps
+    def _open_saver(self) -> Saver:
+        spec = self.source.spec
+        run = SavedRun(self.folder.path, self.plan, spec, self.world, self.state.declared(spec))
+        return SAVERS.load(self.plan.checkpoint.method)(run, self.state.parts())
 
-    def _save(self) -> None:
-        start_s = self.clock.now_s()
+    def _save(self, saver: Saver) -> None:
+        """Begins to save the state."""
+        step, optimizer = self.state.step, self.state.optimizer
+        progress = progress_of(step, self.plan, self.config, optimizer)
         with self.world.phase("saving"):
-            path = save(
-                self.folder.checkpoints,
-                self.state.step,
-                self.state.parts(),
-                self.plan,
-                self.source.spec,
-                self.world,
-                progress=progress_of(self.state.step, self.plan, self.config, self.state.optimizer),
-                declared=self.state.declared(self.source.spec),
-            )
-        time_s = self.clock.now_s() - start_s
-        self._records.write(SaveRecord(step=self.state.step, path=str(path), time_s=time_s))
-        self._say(f"saved {path} in {time_s:.1f} s")
+            self._interval.begin(step)
+            saver.begin(step, self.state.parts(), progress)
+
+    def _tell(self, saves: list[Told]) -> None:
+        """Writes down what has become of saves."""
+        self._interval.note_saves(saves)
+        for record in saves:
+            self._records.write(record)
+            self._say(str(record))
 
     def _evaluate_if_due(self) -> None:
         step = self.state.step

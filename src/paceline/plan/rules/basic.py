@@ -15,12 +15,6 @@ from paceline.plan.rules.known import Known, value_at
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "checkpoint.method": ("blocking",),
-    "checkpoint.overhead_share": (0.02,),
-    "checkpoint.keep_every": (0,),
-    "checkpoint.levels": (("disk",),),
-    "checkpoint.buffer_bytes": (0,),
-    "checkpoint.on_error": ("stop",),
     "serve.kv_memory_bytes": (None,),
     "serve.weights": ("auto",),
     "serve.max_sequences": (1,),
@@ -56,6 +50,7 @@ POSITIVE = (
     "peft.width",
     "optimizer.lr",
     "optimizer.eps",
+    "checkpoint.overhead_share",
     "resilience.patience",
     "serve.max_batch_tokens",
     "serve.max_sequences",
@@ -70,6 +65,8 @@ NOT_NEGATIVE = (
     "optimizer.schedule.warmup_steps",
     "optimizer.schedule.final_fraction",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.buffer_bytes",
     "resilience.max_restarts",
 )
 
@@ -117,9 +114,14 @@ def not_built(known: Known) -> Iterator[Problem]:
             values = ", ".join(json.dumps(v) for v in built if v is not None)
             hint = f"use {values}" if values else "leave it out"
             yield known.problem(path, "is not built in this version", hint)
-    if known.plan.checkpoint.interval_steps == "auto":
-        path = "checkpoint.interval_steps"
-        yield known.problem(path, "is not built in this version", "give a number of steps")
+
+
+def levels(known: Known) -> Iterator[Problem]:
+    """Where checkpoints go."""
+    named = known.plan.checkpoint.levels
+    if not named or "" in named or len(set(named)) < len(named):
+        rule = "must name one level or more, each once"
+        yield known.problem("checkpoint.levels", rule, 'use ["memory", "disk"]')
 
 
 def names(known: Known) -> Iterator[Problem]:

@@ -1,0 +1,469 @@
+"""Lazy asynchronous saves: the state is copied while the next step computes, and then written.
+
+Source: Maurya et al., DataStates-LLM: Lazy Asynchronous Checkpointing for Large Language Models,
+    arXiv:2406.10707, Sec. 4.
+Replaces: blocking.  Needs: a state that nothing changes between two updates.  Forbids: none.
+Cost: training stands still for max(0, size_bytes / copy_bytes_per_s - time of forward and
+    backward), and for what is left of the save before; host memory of buffer_bytes.
+Differs: torch's distributed checkpoint writes the files; a folder is renamed once all are on disk.
+
+Parameters and optimizer state are what they are from one update to the next. So one thread copies
+them into a buffer during the forward and backward pass, and the trainer waits for it, at the fence,
+before it moves anything. A second thread writes the copies. No thread but the trainer's takes part
+in a collective: who writes what is agreed once, before the first save; a rank whose files are on
+disk leaves its account of them beside them; and the first rank, once it has all accounts, gives
+the checkpoint its name.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from paceline.checkpoint.agree import agreed
+from paceline.checkpoint.base import LostSaveRecord, SavedRun, SaveRecord, Told
+from paceline.checkpoint.commit import commit, manifest_of, open_unfinished, unfinished
+from paceline.checkpoint.copies import check_copies
+from paceline.checkpoint.fill import SlowerLevels
+from paceline.checkpoint.levels import level_folder, require_levels, require_run_folder
+from paceline.checkpoint.manifest import FileEntry, Progress
+from paceline.checkpoint.parts import PartsWriter
+from paceline.checkpoint.save import not_written
+from paceline.checkpoint.staging import StagedTensors, Staging
+from paceline.core.errors import PacelineError
+from paceline.core.files import sha256, write_text
+from paceline.dist.world import World
+from paceline.optim.parts import NamedParts, named_parts
+
+_METADATA = ".metadata"
+_POLL_S = 0.01
+# How long a run that fails waits for the other ranks' files of a save that it has begun.
+_PATIENCE_S = 5.0
+
+
+class Layout(NamedTuple):
+    """Who writes what; the same in all saves of a run.
+
+    Attributes:
+        local: all that this rank could write.
+        mine: what it does write.
+        metadata: torch's account of all tensors.
+    """
+
+    local: SavePlan
+    mine: SavePlan
+    metadata: Metadata
+
+
+class WriteEnd(NamedTuple):
+    """What the first rank knows of a checkpoint that is complete.
+
+    Attributes:
+        write_s: since its begin.
+        size_bytes: of its files.
+    """
+
+    write_s: float
+    size_bytes: int
+
+
+def agree_on_layout(parts: NamedParts, world: World) -> Layout:
+    """Decides who writes what; collective."""
+    planner = PartsWriter(parts)
+    planner.set_up_planner({})
+    local = planner.create_local_plan()
+    plans, metadata = planner.create_global_plan(world.collect(local))
+    plans = FileSystemWriter("").prepare_global_plan(plans)
+    return Layout(local, planner.finish_plan(plans[world.rank]), metadata)
+
+
+class LazySaver:
+    """Saves in the background.
+
+    Args:
+        run: whose state it is.
+        parts: of this rank.
+    """
+
+    def __init__(self, run: SavedRun, parts: NamedParts) -> None:
+        require_levels(run)
+        self._run, self._config = run, run.plan.checkpoint
+        self._folder = level_folder(run.folder, self._config.levels[0])
+        parts = named_parts(parts)
+        self._layout = agree_on_layout(parts, run.world)
+        live = PartsWriter(parts)
+        sizes = [live.resolve_data(item).nbytes for item in self._layout.mine.items]
+        self._staging = Staging(sizes, self._config.buffer_bytes, run.world.device)
+        self._levels = SlowerLevels(run)
+        self._filler = _Filler(self._levels) if run.world.is_first else None
+        self._write: _Write | None = None
+        self._told: list[Told] = []
+        threading.Thread(target=self._staging.fault_in, daemon=True).start()
+
+    def begin(self, step: int, parts: NamedParts, progress: Progress | None = None) -> None:
+        start_s = time.perf_counter()
+        self._settle()
+        stall_s = time.perf_counter() - start_s
+        parts = named_parts(parts)
+        check_copies(parts, self._run.world)
+        live = PartsWriter(parts)
+        assert live.create_local_plan().items == self._layout.local.items, "the layout has changed"
+        sources = [live.resolve_data(item) for item in self._layout.mine.items]
+        try:
+            agreed(self._run.world, lambda: self._open(step))
+        except (OSError, PacelineError) as error:
+            self._lose(step, error)
+            return
+        staged = StagedTensors(self._staging, sources)
+        files = _Files(self._run, self._folder, step, self._layout, self._levels, progress)
+        self._write = _Write(staged, files, self._filler)
+        self._write.stall_s = stall_s
+        self._write.stood_s = time.perf_counter() - start_s
+
+    def fence(self) -> None:
+        if self._write is not None:
+            self._write.fence()
+
+    def poll(self) -> list[Told]:
+        write = self._write
+        if write is not None and write.error is not None and self._config.on_error == "stop":
+            raise self._failure(write.step, write.error)
+        # The other ranks learn that all is on disk when the next save begins.
+        if write is not None and self._run.world.is_first and write.is_complete:
+            self._tell(write, write.wait())
+        if self._filler is not None:
+            self._told += self._filler.poll()
+        told, self._told = self._told, []
+        return told
+
+    def finish(self) -> list[Told]:
+        self._settle()
+        filler = self._filler
+        self._told += agreed(self._run.world, lambda: filler.finish() if filler else [])[0]
+        if filler is not None:
+            self._levels.drop_memory()
+        told, self._told = self._told, []
+        return told
+
+    def close(self) -> None:
+        if self._write is not None:
+            self._write.close(_PATIENCE_S)
+        if self._filler is not None:
+            self._filler.close()
+
+    def _settle(self) -> None:
+        """Waits for the save before, which is complete, or lost, on all ranks alike."""
+        write, world = self._write, self._run.world
+        if write is None:
+            return
+        write.fence()
+        try:
+            agreed(world, write.wait_for_share)
+        except Exception as error:  # the first rank need not wait for accounts that never come
+            write.abandon(error)
+            self._lose(write.step, error)
+            return
+        try:
+            self._tell(write, agreed(world, write.wait)[0])
+        except Exception as error:
+            self._lose(write.step, error)
+            return
+        self._write = None
+
+    def _open(self, step: int) -> None:
+        """The first rank makes the folder that all write into."""
+        require_run_folder(self._run)
+        if self._run.world.is_first:
+            open_unfinished(self._folder, step)
+
+    def _tell(self, write: _Write, end: WriteEnd) -> None:
+        if not write.is_told:
+            self._told.append(write.record(end))
+            write.is_told = True
+
+    def _lose(self, step: int, error: Exception) -> None:
+        """Ends the run for a save that has failed, or goes on without it."""
+        self._write = None
+        if self._run.world.is_first:
+            shutil.rmtree(unfinished(self._folder, step), ignore_errors=True)
+        failure = self._failure(step, error)
+        if self._config.on_error == "stop":
+            raise failure from error
+        level = self._config.levels[0]
+        self._told.append(LostSaveRecord(step=step, level=level, why=str(failure.message)))
+
+    def _failure(self, step: int, error: Exception) -> PacelineError:
+        if isinstance(error, PacelineError):
+            return error
+        return not_written(self._folder / f"step-{step}", error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of one save, written in the background.
+
+    Attributes:
+        run: whose state it is.
+        folder: of checkpoints.
+        step: that is saved.
+        layout: who writes what.
+        levels: whose first is written.
+        progress: of the run.
+    """
+
+    run: SavedRun
+    folder: Path
+    step: int
+    layout: Layout
+    levels: SlowerLevels
+    progress: Progress | None
+
+    @property
+    def path(self) -> Path:
+        return unfinished(self.folder, self.step)
+
+    def write_share(self, staged: StagedTensors) -> None:
+        """Puts what this rank writes on disk, and then its account of it."""
+        # Nothing is taken ahead: the room of a tensor is free once the next is asked for.
+        writer = FileSystemWriter(self.path, sync_files=True, per_thread_copy_ahead=0)
+        writer.set_up_storage_writer(False, rank=self.run.world.rank, use_collectives=False)
+        results = writer.write_data(self.layout.mine, _FromStaged(staged)).wait()
+        writer.finish(Metadata({}), [results])
+        written = self.path.glob(f"{self.layout.mine.storage_data.prefix}*")
+        entries = {name: asdict(entry) for name, entry in _entries(written).items()}
+        write_text(self._account(self.run.world.rank), json.dumps(entries))
+
+    def commit(self, is_over: threading.Event) -> int:
+        """Waits for the accounts of all ranks, and gives the checkpoint its name.
+
+        Args:
+            is_over: set where an account will never come.
+
+        Returns:
+            The bytes of all files.
+        """
+        run, files = self.run, self._collect(is_over)
+        reader = FileSystemReader(self.path)
+        results: list[list[WriteResult]] = []
+        for rank in range(run.world.mesh.num_ranks):
+            stored = reader.read_metadata(rank=rank).storage_data or {}
+            results.append([WriteResult(index, 0, place) for index, place in stored.items()])
+            self._account(rank).unlink()
+            (self.path / f"__{rank}{_METADATA}").unlink()
+        writer = FileSystemWriter(self.path, sync_files=True)
+        writer.finish(replace(self.layout.metadata), results)
+        files |= _entries([self.path / _METADATA])
+        manifest = manifest_of(self.step, run, self.layout.metadata, files, self.progress)
+        manifest.commit(self.path)
+        commit(self.folder, self.step)
+        self.levels.drop_old()
+        return manifest.size_bytes
+
+    def _collect(self, is_over: threading.Event) -> dict[str, FileEntry]:
+        """The files of all ranks, once they are on disk."""
+        files: dict[str, FileEntry] = {}
+        for rank in range(self.run.world.mesh.num_ranks):
+            account = self._account(rank)
+            while not account.exists():
+                if is_over.wait(_POLL_S):
+                    raise PacelineError(f"rank {rank} has not written its share")
+            entries = json.loads(account.read_text(encoding="utf-8"))
+            files |= {name: FileEntry(**entry) for name, entry in entries.items()}
+        return files
+
+    def _account(self, rank: int) -> Path:
+        return self.path / f".share-{rank}"
+
+
+def _entries(paths: Iterable[Path]) -> dict[str, FileEntry]:
+    return {path.name: FileEntry(path.stat().st_size, sha256(path)) for path in paths}
+
+
+class _FromStaged(DefaultSavePlanner):
+    """Gives torch's writer the copies, in the order of its plan."""
+
+    def __init__(self, staged: StagedTensors) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._staged = staged
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        tensor = self._staged.take()
+        assert write_item.tensor_data is not None
+        assert write_item.tensor_data.chunk.sizes == tensor.shape, "not the order of the plan"
+        return tensor
+
+
+class _Write:
+    """A save between its begin and its end, and the two threads that it has.
+
+    Args:
+        staged: its tensors.
+        files: its files.
+        filler: told when it is complete; the first rank has one.
+
+    Attributes:
+        step: that is saved.
+        stall_s: that the trainer has waited for writers.
+        stood_s: that training has stood still, `stall_s` among it.
+        error: what it has failed of.
+        is_told: whether the trainer knows that it is complete.
+    """
+
+    def __init__(self, staged: StagedTensors, files: _Files, filler: _Filler | None) -> None:
+        self.step = files.step
+        self.stall_s = self.stood_s = 0.0
+        self.error: Exception | None = None
+        self.is_told = False
+        self._staged, self._files, self._filler = staged, files, filler
+        self._start_s = time.perf_counter()
+        self._end = WriteEnd(0.0, 0)
+        self._is_share_written = False
+        self._has_share, self._is_over = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=f"save {self.step}: {name}", daemon=True)
+            for name, work in (("copies", staged.stage), ("writes", self._work))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def fence(self) -> None:
+        """Waits until the state has been copied."""
+        if not self._staged.staged.is_set():
+            start_s = time.perf_counter()
+            self._staged.staged.wait()
+            waited_s = time.perf_counter() - start_s
+            self.stall_s += waited_s
+            self.stood_s += waited_s
+
+    def wait_for_share(self) -> None:
+        """Waits until this rank's files are on disk; raises what they have failed of."""
+        self._has_share.wait()
+        if self.error is not None and not self._is_share_written:
+            raise self.error
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to wait for, and nothing has failed."""
+        return self.error is None and not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self) -> WriteEnd:
+        """Waits until all that this rank does is done; raises what it has failed of."""
+        for thread in self._threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+        return self._end
+
+    def abandon(self, error: Exception) -> None:
+        """Ends its threads, for it will never be complete."""
+        self._staged.abandon(error)
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def close(self, patience_s: float) -> None:
+        """Lets it be completed, if the other ranks still can."""
+        self._has_share.wait()
+        self._threads[-1].join(patience_s)
+        self.abandon(PacelineError("the run has ended"))
+
+    def record(self, end: WriteEnd) -> SaveRecord:
+        """What there is to tell.
+
+        Args:
+            end: what the first rank has given.
+        """
+        path = self._files.folder / f"step-{self.step}"
+        return SaveRecord(
+            step=self.step,
+            path=str(path),
+            level=self._files.run.plan.checkpoint.levels[0],
+            time_s=self.stood_s,
+            stall_s=self.stall_s,
+            write_s=end.write_s,
+            size_bytes=end.size_bytes,
+        )
+
+    def _work(self) -> None:
+        """Writes, and commits on the first rank; the work of a thread."""
+        try:
+            self._files.write_share(self._staged)
+            self._is_share_written = True
+            self._has_share.set()
+            if self._filler is not None:
+                size_bytes = self._files.commit(self._is_over)
+                self._end = WriteEnd(time.perf_counter() - self._start_s, size_bytes)
+                self._filler.notify()
+        except Exception as error:
+            self.error = error
+            self._staged.abandon(error)
+        finally:
+            self._has_share.set()
+
+
+class _Filler:
+    """The first rank's thread that fills the slower levels.
+
+    Args:
+        levels: that it fills.
+    """
+
+    def __init__(self, levels: SlowerLevels) -> None:
+        self._levels = levels
+        self._told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="save: levels", daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """A checkpoint is complete on the first level."""
+        self._due.put(True)
+
+    def poll(self) -> list[Told]:
+        """What has become of copies.
+
+        Raises:
+            PacelineError: one has failed, and the plan says to stop.
+        """
+        if self._error is not None:
+            raise self._error
+        return [self._told.get() for _ in range(self._told.qsize())]
+
+    def finish(self) -> list[Told]:
+        """Waits until all levels are filled."""
+        self.close()
+        return self.poll()
+
+    def close(self) -> None:
+        """Ends the thread after what is due."""
+        if self._thread.is_alive():
+            self._due.put(False)
+            self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._due.get():
+                for told in self._levels.fill():
+                    self._told.put(told)
+        except Exception as error:
+            self._error = error
+
+
+def build(run: SavedRun, parts: NamedParts) -> LazySaver:
+    """A saver of a run."""
+    return LazySaver(run, parts)
