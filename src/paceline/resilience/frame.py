@@ -52,7 +52,7 @@ class WayLine:
         axis: of the mesh.
         source: sends.
         destination: receives.
-        delay_s: median, for a unit of bytes.
+        delay_s: upper quartile, for a unit of bytes.
         num_transfers: that it is of.
     """
 
