@@ -14,8 +14,7 @@ def test_watched_steps_are_measured_beside_unwatched_ones():
     assert outcome.ratios.pairs == 3
     assert min(outcome.ours, outcome.peer, outcome.ratios.lowest) > 0
     assert outcome.fraction == pytest.approx(outcome.ours / outcome.peer)
-    # The cost is below a hundredth (docs/benchmarks.md); three short pairs show that it is no
-    # multiple of a step.
+    # Three short pairs measure no hundredths: they show that it costs no multiple of a step.
     assert outcome.ratios.median > 0.5
 
 

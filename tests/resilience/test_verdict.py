@@ -210,6 +210,20 @@ def test_a_rank_that_never_started_is_named():
     assert "left or never came" in found.evidence
 
 
+def test_where_nobody_waits_inside_a_call_who_is_behind_is_named():
+    """As on a GPU, where hosts queue calls and wait for results."""
+    queued = [trace(rank, reached={WORLD: 7}) for rank in (0, 1, 3)]
+    ranks = [replace(t, last_call_s=NOW_S - LONG_S) for t in (*queued, trace(2))]
+    ranks = [replace(t, step_s=NOW_S - LONG_S - 1, reached={WORLD: 6} | t.reached) for t in ranks]
+    found = verdict(*ranks)
+    assert found is not None
+    assert (found.kind, found.ranks) == ("hang", (2,))
+    assert "no rank has begun a collective for 20.0 s" in found.evidence
+    busy = [replace(ranks[0], last_call_s=NOW_S - 1), *ranks[1:]]
+    assert verdict(*busy) is None
+    assert verdict(*(replace(t, reached={WORLD: 7}) for t in ranks)) is None
+
+
 def test_a_receive_that_nobody_waits_for_yet_is_no_hang():
     posted = call(way(1, 0), 3, NOW_S - 30, None, operation="receive")._replace(wait_s=None)
     assert verdict(trace(0, posted), trace(1)) is None

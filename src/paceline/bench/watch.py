@@ -37,8 +37,8 @@ from paceline.resilience.watch import Watcher
 
 PEER = "unwatched"
 NUM_RANKS = 2
-NUM_PAIRS = 41
-_STEPS = 4
+NUM_PAIRS = 25
+_STEPS = 2
 _SHAPE = (2, 2, 128)
 _PATIENCE = 20.0
 _TIMEOUT_S = 600.0

@@ -115,6 +115,7 @@ class RankTrace:
         state: whether it has ended, and how, as it says itself.
         step: the last one finished; 0 before the first.
         step_s: when that was.
+        last_call_s: when it last began a call; 0 before the first.
         steps: the last ones.
         reached: the last sequence that it has begun of each channel.
         calls: oldest first: the open ones, and maybe finished ones.
@@ -131,6 +132,7 @@ class RankTrace:
     state: State = "running"
     step: int = 0
     step_s: float = 0.0
+    last_call_s: float = 0.0
     steps: tuple[StepTimes, ...] = ()
     reached: Mapping[Channel, int] = field(default_factory=dict[Channel, int])
     calls: tuple[Call, ...] = ()

@@ -10,7 +10,9 @@ no system call; a rank that is stopped or dead leaves all it has done. The file 
     slots     the last calls, 64 bytes each; a call's number stands first and last, so that
               one that is being overwritten is told from a whole one
 
-Times in it are nanoseconds of the machine's monotonic clock, which all its processes share.
+Times in it are nanoseconds of the machine's monotonic clock, which all its processes share. On a GPU
+a call returns once it is queued: its times are those of the host, and say who has come how far, but
+not how long a transfer takes.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ _WORDS = {
             "step_end",
             "num_steps",
             "num_calls",
+            "last_call",
             "names_bytes",
         )
     )
@@ -222,6 +225,7 @@ class Ring:
         words[_WORDS["num_calls"]] = number
         words[_COUNTERS + channel] = sequence
         now = time.monotonic_ns()
+        words[_WORDS["last_call"]] = now
         _SLOT.pack_into(
             self._map,
             _SLOTS + number % NUM_SLOTS * _SLOT.size,
@@ -372,6 +376,7 @@ class RingReader:
             state=STATES[word["state"]],
             step=word["step"],
             step_s=_seconds(word["step_end"], offset) if word["step"] else 0.0,
+            last_call_s=_seconds(word["last_call"], offset) if word["last_call"] else 0.0,
             steps=self._steps(word["num_steps"], offset),
             reached=dict(zip(names.channels, counters, strict=True)),
             calls=tuple(_call(row, names, offset) for row in rows),

@@ -8,6 +8,7 @@ from typing import Any
 
 from paceline.dist.calls import RankTrace
 from paceline.plan.mesh import MeshConfig
+from paceline.resilience.clocks import aligned
 from paceline.resilience.delays import delays
 from paceline.resilience.verdict import timeouts_of
 
@@ -51,7 +52,7 @@ class WayLine:
         axis: of the mesh.
         source: sends.
         destination: receives.
-        delay_s: median, for a unit of bytes.
+        delay_s: upper quartile, for a unit of bytes.
         num_transfers: that it is of.
     """
 
@@ -135,7 +136,7 @@ def _rank_line(trace: RankTrace, mesh: MeshConfig, now_s: float) -> RankLine:
 def _way_lines(traces: Sequence[RankTrace]) -> tuple[WayLine, ...]:
     lines = [
         WayLine(",".join(axes), source, destination, cell.unit_s, cell.num_transfers)
-        for axes, cells in delays(traces).items()
+        for axes, cells in delays(aligned(traces)).items()
         for (source, destination), cell in cells.items()
     ]
     return tuple(sorted(lines, key=lambda line: line.delay_s, reverse=True))

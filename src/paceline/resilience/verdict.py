@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from paceline.dist.calls import Call, RankTrace
+from paceline.resilience.clocks import aligned
 from paceline.resilience.delays import slow_way
 from paceline.resilience.lateness import late_rank
 
@@ -114,6 +115,7 @@ def judge(traces: Sequence[RankTrace], now_s: float, *, patience: float) -> Verd
         return found
     if timeouts.step_s is None:
         return None
+    traces = aligned(traces)
     if (late := late_rank(traces, timeouts.step_s, patience)) is not None:
         return Verdict("straggler", (late.rank,), late.evidence)
     if (slow := slow_way(traces)) is not None:
@@ -175,7 +177,8 @@ def _hang(traces: Sequence[RankTrace], now_s: float, timeouts: Timeouts) -> Verd
     held = {rank: wait for rank, wait in waits.items() if wait is not None}
     late = [rank for rank, wait in held.items() if now_s - wait.since_s > limit_s]
     if not late:
-        return _stopped(by_rank, now_s, timeouts)
+        found = _stopped(by_rank, now_s, timeouts)
+        return found if found or not trains else _behind(by_rank, now_s, timeouts)
     found = _culprits(late, held, by_rank, now_s)
     longest_s = max(now_s - held[rank].since_s for rank in late)
     is_seen = any(_is_frozen(by_rank[rank], now_s) for rank in found.ranks if rank in by_rank)
@@ -203,6 +206,26 @@ def _stopped(by_rank: Mapping[int, RankTrace], now_s: float, timeouts: Timeouts)
         if trace.process == "stopped" and now_s - trace.heartbeat_s > limit_s:
             return Verdict("hang", (trace.rank,), _condition(trace, now_s))
     return None
+
+
+def _behind(by_rank: Mapping[int, RankTrace], now_s: float, timeouts: Timeouts) -> Verdict | None:
+    """Who has come less far than others, where no rank has begun a call or a step for long.
+
+    On a GPU nobody waits inside a call: who waits for a result has queued all that it can.
+    """
+    quiet_s = now_s - max(max(t.last_call_s, t.step_s) for t in by_rank.values())
+    if quiet_s <= timeouts.late_s:
+        return None
+    channels = {c for trace in by_rank.values() for c in trace.reached if not c.is_way}
+    behind: set[int] = set()
+    for channel in channels:
+        counts = {r: by_rank[r].reached.get(channel, 0) for r in channel.members if r in by_rank}
+        behind |= {rank for rank, count in counts.items() if count < max(counts.values())}
+    if not behind:
+        return None
+    said = "; ".join(_condition(by_rank[rank], now_s) for rank in sorted(behind))
+    text = f"no rank has begun a collective for {quiet_s:.1f} s, and others have come further"
+    return Verdict("hang", tuple(sorted(behind)), f"{text}; {said}")
 
 
 def _culprits(
