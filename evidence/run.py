@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import certified
+import faults
 import ladder_retrained
+import recovery
 from kills import prove
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
 NUM_KILLS, NUM_KILLS_OF_RANKS = 180, 20
+NUM_RECOVERIES = 10
 
 
 def _losses(record: dict[str, Any]) -> str:
@@ -30,6 +33,8 @@ def main() -> None:
     certified.main()
     records = prove(RECORDS / "lazy_kills", NUM_KILLS)
     records += prove(RECORDS / "lazy_kills_of_ranks", NUM_KILLS_OF_RANKS, ranks=2)
+    recovered = recovery.prove(RECORDS / "recovery", NUM_RECOVERIES)
+    found = faults.prove(RECORDS / "faults.jsonl")
     held_out, prose = ladder_retrained.prove(RECORDS / "ladder")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -51,6 +56,11 @@ Written by `make evidence`, commit {commit}, {date.today()}. CI runs a seeded te
 {len(records)} kills, {NUM_KILLS_OF_RANKS} of runs of two ranks, {partial} in the middle of a save \
 | every logged loss equals the uninterrupted run's, every newest complete checkpoint is whole, at \
 most {lost} logged steps had to be taken again |
+| supervised runs on four ranks, of which a random one is killed or stopped \
+(`evidence/recovery.py`) | {len(recovered)} faults on {len(recovery.LAYOUTS)} layouts | \
+{recovery.summary(recovered)} (least / median / most), every logged loss equals one rank's |
+| a rank that dies, stops or sleeps, or a link that slows down, of four watched ranks \
+(`evidence/faults.py`) | {len(found)} trials | {faults.summary(found)} |
 | SmolLM2's upper half converted to a ladder residual and trained again \
 (`evidence/ladder_retrained.py`) | {held_out["steps"]} steps, {held_out["tokens"]:,} tokens, \
 {held_out["core_s"]:,.0f} s of a core | {_losses(held_out)}; {_losses(prose)} |

@@ -17,6 +17,8 @@ _NAMES = {
     "parallelize": "paceline.parallel.module:parallelize",
     "clip_gradients": "paceline.parallel.gradients:clip_gradients",
     "whole_state": "paceline.parallel.whole:whole_state",
+    "save_checkpoint": "paceline.api.checkpoint:save_checkpoint",
+    "load_checkpoint": "paceline.api.checkpoint:load_checkpoint",
     "tensor_rules_of": "paceline.parallel.spread:tensor_rules_of",
     "global_mean": "paceline.optim.scale:global_mean",
     "verify": "paceline.verify:",
@@ -56,6 +58,8 @@ _NAMES = {
 """Public name to where it is; ``module:`` is a package that can be called."""
 
 if TYPE_CHECKING:
+    from paceline.api.checkpoint import load_checkpoint as load_checkpoint
+    from paceline.api.checkpoint import save_checkpoint as save_checkpoint
     from paceline.api.engine import Engine as Engine
     from paceline.api.load import LoadedModel as LoadedModel
     from paceline.api.load import load as load

@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_benchmark_is_tested_here_or_by_itself():
-    assert set(BENCHMARKS) == {*OF_MODELS, "axes", "vocabulary", "ladder"}
+    assert set(BENCHMARKS) == {*OF_MODELS, "axes", "vocabulary", "ladder", "watch"}
 
 
 @pytest.mark.parametrize("name", OF_MODELS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from paceline.checkpoint.export import export
@@ -15,8 +17,10 @@ from paceline.checkpoint.save import save as save_checkpoint
 from paceline.core.errors import DataError, UsageError
 from paceline.dist.testing import run_ranks
 from paceline.dist.world import World
+from paceline.models.hf import FolderWeights
 from paceline.models.hub import resolve
 from paceline.models.tokenizer import byte_tokenizer, tokenizer_files
+from paceline.models.weights import build
 from paceline.optim import OPTIMIZERS
 from paceline.parallel.apply import apply
 from paceline.plan.mesh import MeshConfig
@@ -152,3 +156,73 @@ def test_weights_are_exported_in_the_dtype_of_their_config(tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     expected = source.weights.read("blocks.0.ffn.up.weight").bfloat16()
     assert torch.equal(tensors["model.layers.0.mlp.up_proj.weight"], expected)
+
+
+# What others read
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "gpt2")
+
+
+def exported_in_shards(family: str, folder: Path, shard_bytes: int) -> Path:
+    """A checkpoint of two ranks' state, exported in files of few bytes."""
+    plan = Plan(mesh=MeshConfig(dp_shard=2), zero=ZeroConfig(sharder="own"))
+    model = f"random:{family}:tiny"
+    run_ranks(lambda rank: str(saved(model, folder, plan, rank)), 2)
+    export(folder / "step-1", resolve(model).files, folder / "out", shard_bytes=shard_bytes)
+    return folder / "out"
+
+
+def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, file by file, as serving engines load folders that they know nothing of."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        listed = json.loads(index.read_text())["weight_map"]
+        assert {file.name for file in files} == set(listed.values())
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (it is no mapping)
+                assert not index.exists() or listed[name] == file.name
+                yield name, content.get_tensor(name)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", FAMILIES)
+def test_others_read_an_export_in_shards_of_every_family(tmp_path, family):
+    """By `transformers`, and by a loader that walks the files and looks names up in a model that
+    config.json's architecture names.
+    """
+    import transformers
+
+    limit = 100_000
+    folder = exported_in_shards(family, tmp_path, limit)
+    weights = dict(iterate_weights(folder))
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            sizes = [content.get_tensor(n).nbytes for n in content.keys()]  # noqa: SIM118
+        # A stack of Mixtral's experts, published one by one, is one parameter.
+        assert sum(sizes) <= limit or len(sizes) == 1 or family == "mixtral"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights.values())
+    assert not (folder / "model.safetensors").exists()
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    theirs = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
+    assert theirs.config.model_type == config.model_type
+    tokens_BT = torch.arange(12).view(2, 6)
+    source = resolve(f"random:{family}:tiny")
+    ours = apply(source.spec, source.weights, Plan(), World(MeshConfig(), 0, torch.device("cpu")))
+    with torch.no_grad():
+        expected, found = theirs(tokens_BT).logits, ours.module(tokens_BT)
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+    again = FolderWeights(folder, source.spec)
+    for name, _ in build(source.spec).named_parameters():
+        assert torch.equal(again.read(name), source.weights.read(name)), name
+
+
+def test_few_bytes_are_one_file_as_ever(tmp_path):
+    folder = exported("random:llama:tiny", tmp_path)
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]

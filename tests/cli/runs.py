@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -17,6 +18,14 @@ from paceline.train.run import RunFolder
 MODEL = "random:llama:tiny"
 SMALL = ("--set", "train.sequence_length=16", "--set", "train.tokens_per_step=96")
 TWO_RANKS = ("--set", "mesh.dp_shard=2")
+
+
+def write_data(folder: Path) -> str:
+    """Documents of many lengths, for a SRC."""
+    path = folder / "data.jsonl"
+    texts = ["around and around " * n for n in range(1, 30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
 
 
 def paceline(*arguments: str, limit_s: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from runs import MODEL, assert_one_error, inside, step_losses
+from runs import MODEL, assert_one_error, inside, step_losses, write_data
 
 from paceline.core.record import read_records
 from paceline.plan.plan import Plan
@@ -60,10 +60,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    texts = ["around and around " * n for n in range(1, 30)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

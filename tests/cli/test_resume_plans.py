@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-from runs import MODEL, SMALL, TWO_RANKS, inside, paceline, step_losses
+from runs import MODEL, SMALL, TWO_RANKS, inside, paceline, step_losses, write_data
 
 from paceline.checkpoint.manifest import complete_checkpoints
 from paceline.plan.plan import Plan
@@ -20,10 +19,7 @@ CONSTANT = ("--set", "optimizer.schedule.kind=constant", "--set", "optimizer.eps
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    texts = ["around and around " * n for n in range(1, 30)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from runs import (
     is_running,
     paceline,
     step_losses,
+    write_data,
 )
 
 from paceline.checkpoint.manifest import complete_checkpoints, read_manifest, verify_files
@@ -38,10 +39,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    texts = ["around and around " * n for n in range(1, 30)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +166,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
         ("--set", "serve.max_sequences=2"),
         2,
         "is not built in this version",
-        "use 0",
+        "use 1",
     ),
     "unknown dtype": (("--dtype", "float8"), 2, "unknown dtype 'float8'", "one of float32"),
     "unknown device": (
@@ -241,7 +239,7 @@ def test_a_folder_without_checkpoints_cannot_be_resumed(monkeypatch, capsys, tmp
     for path in (tmp_path, tmp_path / "nothing"):
         code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(path))
         assert code == 2
-        assert_one_error(err, "holds no complete checkpoint", "give a run folder that has saved")
+        assert_one_error(err, "holds no run: it has no run.toml", "give a run folder")
 
 
 def test_a_resumed_run_goes_on_as_it_began(monkeypatch, capsys, finished, data):
@@ -281,18 +279,27 @@ def spoil(checkpoint: Path) -> Path:
     return file
 
 
-def test_a_damaged_checkpoint_is_named(monkeypatch, capsys, finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_passed_over(monkeypatch, capsys, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished[0], copy)
-    file = spoil(copy / "checkpoints" / "step-3")
-    done = paceline("train", "--resume", str(copy), "--steps", "5")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert_one_error(
-        done.stderr, f"{file} is damaged", "the checkpoint is damaged: resume from an older"
-    )
-    older = copy / "checkpoints" / "step-2"
-    code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(older))  # as the hint says
+    newest = copy / "checkpoints" / "step-3"
+    file = spoil(newest)
+    damaged = f"{file} is damaged"
+    for named in (("--resume", str(newest)), ("--resume", str(copy), "--from", str(newest))):
+        done = paceline("train", *named, "--steps", "5")
+        assert (done.returncode, done.stdout) == (1, "")
+        hint = "the checkpoint is damaged: resume from an older"
+        assert_one_error(done.stderr, damaged, hint)
+    code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(copy), "--steps", "4")
     assert code == 0, err
+    assert damaged in err
+    assert "its checksum has changed: passed over\n" in err
+    assert "steps 3 to 4" in err
+    for left in complete_checkpoints(copy / "checkpoints"):
+        spoil(left)
+    code, _, err = inside(monkeypatch, capsys, "train", "--resume", str(copy), "--steps", "5")
+    assert code == 1
+    assert_one_error(err, "none of 2 checkpoint(s) is whole", "mend one of them")
 
 
 def test_a_broken_line_of_data_is_named(monkeypatch, capsys, tmp_path):

@@ -64,6 +64,9 @@ VALUES: dict[str, list[Any]] = {
     "peft.virtual_tokens": [16, 16, 16, 3, 70],
     "optimizer.lr": [0.1, 0.1, 0.1, 0.0],
     "optimizer.betas": [(0.9, 0.95), (0.9, 0.95), (1.0, 0.5), ()],
+    "resilience.on_failure": ["stop", "stop", "stop", "restart", "shrink"],
+    "resilience.max_restarts": [0, 0, 0, 2, -1],
+    "resilience.shrink_plans": [(), (), ("small.toml",)],
     "serve.mesh.tp": [1, 1, 1, 2],
 }
 SPLITS_BACKWARD = ("zero-bubble", "v-half")
@@ -116,6 +119,7 @@ BASIC = (
     alone("peft.rank", lambda value: value <= 0),
     alone("optimizer.lr", lambda value: value <= 0),
     alone("optimizer.betas", lambda value: value != (0.9, 0.95)),
+    alone("resilience.max_restarts", lambda value: value < 0),
     alone("serve.mesh.tp", lambda value: value != 1),
 )
 STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
@@ -224,6 +228,16 @@ BETWEEN = (
         "expert.balance_loss_weight",
         ("expert.balance_loss_weight", "peft.method"),
         lambda weight, method: weight > 0 and method != "none",
+    ),
+    Illegal(
+        "resilience.max_restarts",
+        ("resilience.on_failure", "resilience.max_restarts"),
+        lambda way, count: (way == "stop") != (count == 0),
+    ),
+    Illegal(
+        "resilience.shrink_plans",
+        ("resilience.on_failure", "resilience.shrink_plans"),
+        lambda way, plans: way != "shrink" and plans != (),
     ),
     Illegal("train.freeze", ("train.freeze", "peft.method"), lambda f, m: f and m != "none"),
     Illegal("peft.rank", ("peft.rank", "peft.method"), lambda r, m: r != 8 and m != "lora"),

@@ -76,7 +76,6 @@ def test_a_resumed_run_has_the_same_bits_and_the_model_never_moves(
         whole.run()
         after = parameters(whole)
         half = trainer("half", NUM_STEPS)
-        half.config = RunConfig(model=source.name, data=str(documents), steps=NUM_STEPS)
         half.restore(tmp_path / "whole" / "checkpoints" / f"step-{SAVED_AT}")
         assert half.state.step == SAVED_AT
         half.run()

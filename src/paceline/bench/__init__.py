@@ -10,6 +10,7 @@ BENCHMARKS = NameTable(
         "axes": "paceline.bench.axes:run",
         "vocabulary": "paceline.bench.vocabulary:run",
         "ladder": "paceline.bench.ladder:run",
+        "watch": "paceline.bench.watch:run",
         "checkpoint": "paceline.bench.checkpoint:run",
     },
 )

@@ -23,14 +23,14 @@ class SavedRun:
     Attributes:
         folder: of the run.
         plan: in force.
-        spec: of the model.
+        spec: of the model; None of a module that is a user's own.
         world: the ranks.
         declared: what tensors are made of, by name.
     """
 
     folder: Path
     plan: Plan
-    spec: ModelSpec
+    spec: ModelSpec | None
     world: World
     declared: Mapping[str, Declared] = field(default_factory=dict)
 

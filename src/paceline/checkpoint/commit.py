@@ -104,7 +104,7 @@ def manifest_of(
         step=step,
         versions={"paceline": paceline.__version__, "torch": torch.__version__},
         plan=run.plan.to_dict(),
-        model=run.spec.to_dict(),
+        model={} if run.spec is None else run.spec.to_dict(),
         files=dict(sorted(files.items())),
         tensors={
             name: TensorEntry(tuple(t.size), str(t.properties.dtype).removeprefix("torch."))

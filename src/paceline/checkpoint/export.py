@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from paceline.checkpoint.load import load_whole
+from paceline.checkpoint.load import WholeTensors, load_whole
 from paceline.checkpoint.manifest import Manifest, read_manifest
 from paceline.core.errors import UsageError
 from paceline.core.files import new_folder
-from paceline.models.hf import WEIGHTS_FILE, stored_dtype, write_weights
+from paceline.models.hf import stored_dtype
 from paceline.models.peft.attach import MergedWeights
 from paceline.models.peft.files import write_adapter
-from paceline.models.weights import TensorWeights, Weights, build
+from paceline.models.shards import SHARD_BYTES, Read, write_shards
+from paceline.models.weights import TensorWeights, Weights
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig, Plan
 
 _PREFIX = "model."
 
 
-def export(checkpoint: Path, files: dict[str, str], target: Path) -> None:
+def export(
+    checkpoint: Path, files: dict[str, str], target: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes a model folder, whole or not at all, in the dtype that its config.json states.
+
+    One file's worth of weights is in memory at a time.
 
     Args:
         checkpoint: a complete checkpoint of a run that trained the model itself.
         files: the small files of the model folder, config.json among them.
         target: the new folder.
+        shard_bytes: of weights in a file; a larger model has several and an index.
 
     Raises:
         UsageError: `target` exists.
         DataError: the checkpoint is damaged.
     """
     _require_new(target)
-    spec = ModelSpec.from_dict(read_manifest(checkpoint).model)
-    tensors = _parameters(checkpoint)
-    _write_model(target, spec, tensors.items(), files)
+    whole = WholeTensors(checkpoint)
+    spec = ModelSpec.from_dict(whole.manifest.model)
+
+    def read(names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+        tensors = whole.read(_PREFIX + name for name in names)
+        return ((name.removeprefix(_PREFIX), value) for name, value in tensors.items())
+
+    _write_model(target, spec, read, files, shard_bytes)
 
 
 def export_adapter(checkpoint: Path, base: str, target: Path) -> None:
@@ -74,8 +85,11 @@ def export_merged(checkpoint: Path, base: Weights, files: dict[str, str], target
     _require_new(target)
     spec, peft, tensors = _adapter(checkpoint)
     merged = MergedWeights(spec, peft, base, TensorWeights(tensors))
-    names = [name for name, _ in build(spec).named_parameters()]
-    _write_model(target, spec, ((name, merged.read(name)) for name in names), files)
+
+    def read(names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+        return ((name, merged.read(name)) for name in names)
+
+    _write_model(target, spec, read, files, SHARD_BYTES)
 
 
 def peft_of(manifest: Manifest) -> PeftConfig:
@@ -100,10 +114,10 @@ def _parameters(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _write_model(
-    target: Path, spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], files: dict[str, str]
+    target: Path, spec: ModelSpec, read: Read, files: dict[str, str], shard_bytes: int
 ) -> None:
     dtype = stored_dtype(json.loads(files["config.json"]))
     with new_folder(target) as folder:
-        write_weights(folder / WEIGHTS_FILE, spec, weights, dtype)
+        write_shards(folder, spec, read, dtype, shard_bytes=shard_bytes)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

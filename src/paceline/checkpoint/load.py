@@ -44,21 +44,40 @@ def load(checkpoint: Path, parts: NamedParts, world: World) -> Manifest:
     return manifest
 
 
+class WholeTensors:
+    """A checkpoint's whole tensors, in this process alone, some at a time.
+
+    Args:
+        checkpoint: a complete checkpoint.
+
+    Raises:
+        DataError: a damaged file.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.manifest = read_manifest(checkpoint)
+        verify_files(checkpoint, self.manifest)
+        self._stored = Stored(checkpoint, self.manifest)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name."""
+        entries = {name: self.manifest.tensors[name] for name in names}
+        tensors = {
+            name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+            for name, entry in entries.items()
+        }
+        self._stored.read({name: Part.of_whole(tensor) for name, tensor in tensors.items()})
+        return tensors
+
+
 def load_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors whose names begin with `prefix`, in this process alone.
 
     Raises:
         DataError: a damaged file.
     """
-    manifest = read_manifest(checkpoint)
-    verify_files(checkpoint, manifest)
-    tensors = {
-        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        for name, entry in manifest.tensors.items()
-        if name.startswith(prefix)
-    }
-    Stored(checkpoint, manifest).read({n: Part.of_whole(tensor) for n, tensor in tensors.items()})
-    return tensors
+    whole = WholeTensors(checkpoint)
+    return whole.read(name for name in whole.manifest.tensors if name.startswith(prefix))
 
 
 def _together(world: World, work: Callable[[], None]) -> None:

@@ -115,12 +115,12 @@ class Manifest:
         Args:
             progress: of the run.
             declared: what tensors are made of, by name. Nothing is said of those that are absent,
-                nor of those whose dimensions are not the declared ones, as a counter's of steps.
+                nor of those of other dimensions than their axes, as of a counter of steps.
         """
         tensors = dict(self.tensors)
         for name, entry in tensors.items():
             known = declared.get(name)
-            if known is not None and len(known.axes) == len(entry.shape):
+            if known is not None and len(known.axes) in (0, len(entry.shape)):
                 tensors[name] = replace(entry, axes=known.axes, pieces=known.pieces)
         return replace(self, tensors=tensors, progress=progress)
 

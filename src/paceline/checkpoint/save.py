@@ -35,7 +35,7 @@ def save(
     step: int,
     parts: NamedParts,
     plan: Plan,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     world: World,
     *,
     progress: Progress | None = None,

@@ -331,6 +331,16 @@ class RingReader:
         """Of the run."""
         return self._names.mesh
 
+    @property
+    def host(self) -> str:
+        """Where its process runs."""
+        return self._names.host
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return int(self._words[_WORDS["pid"]])
+
     def is_current(self) -> bool:
         """Whether the rank has not begun another ring since, as it does when it is started again."""
         try:
@@ -369,11 +379,11 @@ class RingReader:
 
     def _calls(self, *, is_whole: bool) -> list[tuple[int, ...]]:
         """The rows of whole calls, oldest first."""
-        slots = self._slots.copy()
-        is_there = (slots["number"] > 0) & (slots["number"] == slots["again"])
+        wanted = self._slots["number"] > 0
         if not is_whole:
-            is_there &= slots["leave"] == 0
-        found = slots[is_there]
+            wanted &= self._slots["leave"] == 0
+        found = self._slots[wanted]  # a copy: nothing changes from here on
+        found = found[found["number"] == found["again"]]
         return found[np.argsort(found["number"])].tolist()
 
     def _steps(self, count: int, offset: int) -> tuple[StepTimes, ...]:

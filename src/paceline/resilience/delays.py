@@ -11,14 +11,15 @@ from paceline.dist.calls import Call, Channel, RankTrace
 
 UNIT_BYTES = 1 << 16
 """A delay counts for so many bytes; what is smaller costs latency alone, and counts as one unit."""
-MIN_TRANSFERS = 8
+MIN_TRANSFERS = 6
 """Fewer of a pair say nothing."""
-HOT = 3.0
-"""A pair is slow where nearly all its delays are so many times the usual one of the others."""
-HOT_S = 2e-3
-"""And where they are longer than this: a scheduler may well take a millisecond."""
-WAITED_S = 1e-4
-"""A wait that is shorter has found the tensor there."""
+HOT = 4.0
+"""A pair is slow where its usual delay is so many times that of the others."""
+HOT_S = 8e-3
+"""And longer than this: where ranks share a core, one that a transfer wakes may have to wait for a
+slice of the scheduler or two, 3 ms each, every time."""
+WAITED_S = 1e-3
+"""A wait that is shorter may have found the tensor there."""
 
 Pair = tuple[int, int]
 
@@ -40,20 +41,15 @@ class Slow(NamedTuple):
 class Cell(NamedTuple):
     """One entry of the matrix: the delays of a pair.
 
-    What delays all transfers shows in the lower quartile, and what delays some, as a scheduler
-    does, does not.
-
     Attributes:
-        least_s: lower quartile of whole delays.
-        low_s: lower quartile of delays for a unit of bytes.
-        middle_s: median of these.
-        mean_s: of whole delays.
+        delay_s: median.
+        unit_s: median for a unit of bytes.
+        mean_s: mean.
         num_transfers: that they are of.
     """
 
-    least_s: float
-    low_s: float
-    middle_s: float
+    delay_s: float
+    unit_s: float
     mean_s: float
     num_transfers: int
 
@@ -108,19 +104,18 @@ def _transfers(traces: Sequence[RankTrace]) -> list[tuple[Channel, Call, Call]]:
 
 def _cell(times: Sequence[tuple[float, float]]) -> Cell:
     whole, of_unit = zip(*times, strict=True)
-    least_s, _, _ = statistics.quantiles(whole, n=4)
-    low_s, middle_s, _ = statistics.quantiles(of_unit, n=4)
-    return Cell(least_s, low_s, middle_s, statistics.mean(whole), len(times))
+    middle_s, unit_s = statistics.median(whole), statistics.median(of_unit)
+    return Cell(middle_s, unit_s, statistics.mean(whole), len(times))
 
 
 def _is_hot(pair: Pair, cells: Mapping[Pair, Cell]) -> bool:
-    """Whether a pair is slower than the others in nearly all of its transfers."""
+    """Whether a pair is slower than the others along the axis."""
     others = [cell for other, cell in cells.items() if other != pair]
     if not others:
         return False
     cell = cells[pair]
-    usual_s = statistics.median(other.middle_s for other in others)
-    return cell.least_s > HOT_S and cell.low_s > HOT * usual_s
+    usual_s = statistics.median(other.unit_s for other in others)
+    return cell.delay_s > HOT_S and cell.unit_s > HOT * usual_s
 
 
 def _named(axis: str, hot: set[Pair], cells: Mapping[Pair, Cell]) -> Slow:
@@ -133,13 +128,13 @@ def _named(axis: str, hot: set[Pair], cells: Mapping[Pair, Cell]) -> Slow:
             if len(own) > 1 and own <= hot:
                 text = f"all that rank {rank} {verb} along {axis} is slow: {_figures(own, cells)}"
                 return Slow(kind, (rank,), text)
-    pair = max(hot, key=lambda pair: cells[pair].low_s)
+    pair = max(hot, key=lambda pair: cells[pair].unit_s)
     text = f"rank {pair[0]} to rank {pair[1]} along {axis} is slow: {_figures({pair}, cells)}"
     return Slow("slow-link", pair, text)
 
 
 def _figures(slow: set[Pair], cells: Mapping[Pair, Cell]) -> str:
-    own_s = statistics.median(cells[pair].middle_s for pair in slow)
-    usual_s = statistics.median(c.middle_s for pair, c in cells.items() if pair not in slow)
+    own_s = statistics.median(cells[pair].unit_s for pair in slow)
+    usual_s = statistics.median(c.unit_s for pair, c in cells.items() if pair not in slow)
     unit = f"a unit of {UNIT_BYTES >> 10} KiB"
     return f"{own_s * 1e3:.2f} ms for {unit}, where others take {usual_s * 1e3:.2f} ms"

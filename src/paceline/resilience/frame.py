@@ -134,7 +134,7 @@ def _rank_line(trace: RankTrace, mesh: MeshConfig, now_s: float) -> RankLine:
 
 def _way_lines(traces: Sequence[RankTrace]) -> tuple[WayLine, ...]:
     lines = [
-        WayLine(",".join(axes), source, destination, cell.middle_s, cell.num_transfers)
+        WayLine(",".join(axes), source, destination, cell.unit_s, cell.num_transfers)
         for axes, cells in delays(traces).items()
         for (source, destination), cell in cells.items()
     ]

@@ -53,13 +53,14 @@ def late_rank(traces: Sequence[RankTrace], step_s: float, patience: float) -> La
 def _stalled(traces: Sequence[RankTrace], step_s: float, patience: float) -> Late | None:
     """The rank of the longest stall, where it is too long for chance."""
     stalls = charged(traces)
-    lengths = [end - begin for found in stalls.values() for begin, end in found]
-    if not lengths:
+    longest = [(e - b, rank) for rank, found in stalls.items() for b, e in found]
+    if not longest:
         return None
-    middle = statistics.median(lengths)
-    spread = 1.4826 * statistics.median(abs(length - middle) for length in lengths)
+    longest_s, rank = max(longest)
+    others = [length_s for length_s, other in longest if other != rank] or [0.0]
+    middle = statistics.median(others)
+    spread = 1.4826 * statistics.median(abs(length_s - middle) for length_s in others)
     limit_s = max(STALL_S, STALL_STEPS * step_s, middle + patience * spread)
-    longest_s, rank = max((e - b, rank) for rank, found in stalls.items() for b, e in found)
     if longest_s <= limit_s:
         return None
     count = sum(end - begin > limit_s for begin, end in stalls[rank])
@@ -67,7 +68,7 @@ def _stalled(traces: Sequence[RankTrace], step_s: float, patience: float) -> Lat
         rank,
         f"rank {rank} came {longest_s:.3f} s after those that waited for it, "
         f"{longest_s / step_s:.1f} median steps; so late or later {count} time(s); "
-        f"the usual is {middle:.4f} s",
+        f"the others' median is {middle:.4f} s",
     )
 
 

@@ -26,7 +26,11 @@ Kind = Literal[
 MIN_STEPS = 3
 """Fewer steps than this have no usual length."""
 FLOOR_S = 2.0
-"""No rank is taken to hang before: machines do stand still for a second."""
+"""No process is taken to stand still before: machines do stand still for a second."""
+LATE_FLOOR_S = 15.0
+"""And no rank whose process runs is taken to hang before: it may be about to come."""
+LATE = 3.0
+"""Such a rank has so many times as long as one that is seen to stand still."""
 FLOOR_STEPS = 10.0
 """Nor before so many median steps."""
 PHASE_S = 300.0
@@ -65,12 +69,14 @@ class Timeouts(NamedTuple):
 
     Attributes:
         step_s: median step; None before there are some.
-        hang_s: while all ranks train.
+        hang_s: while all ranks train, where its process is seen to stand still.
+        late_s: the same, where its process runs.
         phase_s: while one does something else.
     """
 
     step_s: float | None
     hang_s: float
+    late_s: float
     phase_s: float
 
 
@@ -83,13 +89,14 @@ def timeouts_of(traces: Sequence[RankTrace], patience: float) -> Timeouts:
     """
     times = [s.end_s - s.begin_s for trace in traces for s in trace.steps if s.is_plain]
     if len(times) < MIN_STEPS:
-        return Timeouts(None, PHASE_S, PHASE_S)
+        return Timeouts(None, PHASE_S, PHASE_S, PHASE_S)
     middle = statistics.median(times)
     # 1.4826 times the median deviation is the standard deviation of what is normally distributed,
     # and unlike that it does not grow with a few outliers.
     spread = 1.4826 * statistics.median(abs(time - middle) for time in times)
     hang_s = max(FLOOR_S, FLOOR_STEPS * middle, middle + patience * spread)
-    return Timeouts(middle, hang_s, max(PHASE_S, hang_s))
+    late_s = max(LATE_FLOOR_S, LATE * hang_s)
+    return Timeouts(middle, hang_s, late_s, max(PHASE_S, late_s))
 
 
 def judge(traces: Sequence[RankTrace], now_s: float, *, patience: float) -> Verdict | None:
@@ -169,7 +176,10 @@ def _hang(traces: Sequence[RankTrace], now_s: float, timeouts: Timeouts) -> Verd
     late = [rank for rank, wait in held.items() if now_s - wait.since_s > limit_s]
     if not late:
         return _stopped(by_rank, now_s, timeouts)
-    return _culprits(late, held, by_rank, now_s)
+    found = _culprits(late, held, by_rank, now_s)
+    longest_s = max(now_s - held[rank].since_s for rank in late)
+    is_seen = any(_is_frozen(by_rank[rank], now_s) for rank in found.ranks if rank in by_rank)
+    return found if is_seen or longest_s > timeouts.late_s else None
 
 
 def _wait(trace: RankTrace, by_rank: Mapping[int, RankTrace]) -> _Wait | None:

@@ -16,12 +16,15 @@ from paceline.core.files import write_text
 from paceline.dist.calls import Process, RankTrace
 from paceline.dist.ring import RingReader, ring_folder, ring_path
 from paceline.plan.mesh import MeshConfig
-from paceline.resilience.verdict import Verdict, judge
+from paceline.resilience.verdict import Verdict, judge, timeouts_of
 
 POLL_S = 0.25
 # What judging may take of a core: it must not slow down what it watches.
 _SHARE = 0.01
 _WINDOW_S = 2.0
+_WINDOW_STEPS = 12
+# A watcher that has not looked for so long has been suspended, as its ranks have: it looks again.
+_GAP_S = 2.0
 
 
 class Rings:
@@ -54,8 +57,9 @@ class Rings:
             except (OSError, DataError):  # not yet, or not yet whole
                 self._readers.pop(rank, None)
                 return None
-        trace = reader.read(is_whole=is_whole)
-        return replace(trace, process=_process(trace))
+        # The process before its ring: one that ends in between has said so, and is not missed.
+        process = _process(reader.pid, reader.host)
+        return replace(reader.read(is_whole=is_whole), process=process)
 
 
 def verdict_path(run: Path) -> Path:
@@ -69,6 +73,14 @@ def mesh_of(run: Path) -> MeshConfig | None:
     return RingReader(max(paths, key=lambda path: path.stat().st_mtime)).mesh if paths else None
 
 
+def recent(traces: Sequence[RankTrace], since_s: float) -> list[RankTrace]:
+    """Traces with those calls alone that are open, or have ended since."""
+    return [
+        replace(trace, calls=tuple(c for c in trace.calls if (c.leave_s or since_s) >= since_s))
+        for trace in traces
+    ]
+
+
 def pids(run: Path) -> dict[int, int]:
     """The process of each rank of a run that has left a ring, whether it is there still or not."""
     readers = [RingReader(path) for path in sorted(ring_folder(run).glob("rank-*.ring"))]
@@ -76,12 +88,12 @@ def pids(run: Path) -> dict[int, int]:
     return {trace.rank: trace.pid for trace in traces}
 
 
-def _process(trace: RankTrace) -> Process:
+def _process(pid: int, host: str) -> Process:
     """What this machine's kernel says of a rank's process."""
-    if trace.host != socket.gethostname():
+    if host != socket.gethostname():
         return "unknown"
     try:
-        text = Path(f"/proc/{trace.pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return "unknown" if not Path("/proc/self").exists() else "gone"
     state = text.rpartition(")")[2].split()[0]  # a name in brackets comes before it
@@ -117,7 +129,9 @@ class Watcher:
         self._rings = Rings(folder, since_s=time.time())
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._next_window_s = 0.0
+        self._windows_s = 0.0, 0.0  # when the last but one began, and the last
+        self._window_end_s = 0.0
+        self._told: Verdict | None = None
 
     def start(self) -> None:
         """Begins to watch: before the ranks are started, whose earlier rings do not count."""
@@ -130,22 +144,35 @@ class Watcher:
             self._thread.join()
 
     def look(self) -> Verdict | None:
-        """Looks once, and gives the verdict, if there is one."""
-        start_s = time.perf_counter()
-        is_whole = start_s >= self._next_window_s
+        """Looks once, and gives the verdict, if there is one.
+
+        At the end of a window of steps finished calls are judged too: those of that window and of
+        the one before, because a long wait begins in one and ends in the next.
+        """
+        now_s = time.time()
+        is_whole = now_s >= self._window_end_s
         traces = self._rings.read(range(self._mesh.num_ranks), is_whole=is_whole)
-        found = judge(traces, time.time(), patience=self._patience)
-        if is_whole:
-            end_s = time.perf_counter()
-            self._next_window_s = end_s + max(_WINDOW_S, (end_s - start_s) / _SHARE)
+        if not is_whole:
+            return judge(traces, now_s, patience=self._patience)
+        before_s, begin_s = self._windows_s
+        found = judge(recent(traces, before_s), now_s, patience=self._patience)
+        if found is None:
+            self._told = None  # what comes back after a clean window is told again
+        step_s = timeouts_of(traces, self._patience).step_s or 0.0
+        least_s = max(_WINDOW_S, _WINDOW_STEPS * step_s, (time.time() - now_s) / _SHARE)
+        self._windows_s, self._window_end_s = (begin_s, now_s), now_s + least_s
         return found
 
     def _watch(self) -> None:
+        looked_s = time.monotonic()
         while not self._is_over.wait(POLL_S):
+            gap_s, looked_s = time.monotonic() - looked_s, time.monotonic()
+            if gap_s > _GAP_S:
+                continue
             found = self.look()
-            is_new = found is not None and not (self.verdict and self.verdict.is_same(found))
+            is_new = found is not None and not (self._told and self._told.is_same(found))
             if found is not None and is_new and not self._is_over.is_set():
-                self.verdict = found
+                self._told = self.verdict = found
                 self._write(found)
                 self._on_verdict(found)
 
