@@ -69,7 +69,8 @@ def run(*, against: str = _PEER, model: str = "smollm2-135m") -> dict[str, Outco
     keep_freed_memory()
     folder = Path(tempfile.mkdtemp(prefix="paceline-bench-checkpoint-"))
     try:
-        return _outcomes(model, _measure(_Loop(model), folder))
+        with quiet():
+            return _outcomes(model, _measure(_Loop(model), folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -175,20 +176,27 @@ def _kept_memory() -> DefaultStager:
 
 
 def _theirs(loop: _Loop, folder: Path, stager: DefaultStager | None) -> _Side:
-    """Torch's: it copies while the caller waits, and writes in a thread."""
-    writer = FileSystemWriter(folder)
+    """Torch's: it copies while the caller waits, and writes in a thread.
+
+    Each save has a folder of its own, as ours has, and the one before goes once it is written: to
+    write over the same files is faster, and a kill leaves no checkpoint at all.
+    """
     pending: list[Any] = []
+    number = 0
 
     def begin() -> None:
+        nonlocal number
+        number += 1
+        writer = FileSystemWriter(folder / str(number))
         state = {name: part.local for name, part in loop.state.parts().items()}
         logging.disable(logging.WARNING)
-        with quiet():
-            pending.append(
-                dcp.async_save(state, storage_writer=writer, async_stager=stager, no_dist=True)
-            )
+        pending.append(
+            dcp.async_save(state, storage_writer=writer, async_stager=stager, no_dist=True)
+        )
 
     def wait() -> None:
         pending.pop().result()
+        shutil.rmtree(folder / str(number - 1), ignore_errors=True)
         logging.disable(logging.NOTSET)
 
     return _Side(begin=lambda: _seconds(begin), fence=lambda: 0.0, wait=wait)
