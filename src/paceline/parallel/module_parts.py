@@ -56,15 +56,16 @@ def module_parts(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tu
     found: list[tuple[str, Part]] = []
     for name, parameter in parameters.items():
         found += ((f"model.{name}", part) for part in _parts(name, parameter.detach(), spread))
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     for parameter, state in optimizer.state.items():
-        if parameter not in names:
+        name = names.get(id(parameter))
+        if name is None:
             hint = "make the optimizer over module.parameters(), after parallelize"
             raise UsageError("the optimizer has a parameter that is not the module's", hint=hint)
         for key, value in state.items():
             if value is not None:
-                named = f"optimizer.{names[parameter]}.{key}"
-                parts = _parts_of_state(named, names[parameter], value, parameter, spread)
+                named = f"optimizer.{name}.{key}"
+                parts = _parts_of_state(named, name, value, parameter, spread)
                 found += ((named, part) for part in parts)
     return found + [(f"model.{name}", Part.of_whole(b)) for name, b in _buffers(module)]
 
