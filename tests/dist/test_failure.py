@@ -41,14 +41,26 @@ def left(error: Exception, time_s: float, exit_code: int = 1) -> End:
         ({2: End(-signal.SIGSEGV), 0: End(TERM)}, "rank 2 (pp=1 dp_shard=0) was ended by SIGSEGV"),
         # an error before the loss of a rank, the first error before others,
         ({0: left(LOST, 1.0), 1: left(KeyError("k"), 2.0)}, "rank 1 (pp=0 dp_shard=1) failed: Key"),
-        ({0: left(KeyError("b"), 2.0), 1: left(KeyError("a"), 1.0)}, "rank 1 (pp=0 dp_shard=1) fai"),
-        ({1: left(DataError("x"), 1.0), 0: left(DataError("x"), 2.0)}, "rank 0 (pp=0 dp_shard=0): x"),
+        (
+            {0: left(KeyError("b"), 2.0), 1: left(KeyError("a"), 1.0)},
+            "rank 1 (pp=0 dp_shard=1) fai",
+        ),
+        (
+            {1: left(DataError("x"), 1.0), 0: left(DataError("x"), 2.0)},
+            "rank 0 (pp=0 dp_shard=0): x",
+        ),
         # what a library does that has lost a rank after all of these,
         ({0: End(ABORT), 1: left(KeyError("k"), 1.0)}, "rank 1 (pp=0 dp_shard=1) failed: KeyError"),
         ({0: End(ABORT), 1: End(TERM)}, "rank 0 (pp=0 dp_shard=0) was ended by SIGABRT"),
         # and what the launcher ends is no cause, unless it was noticed first.
-        ({1: End(TERM), 0: left(LOST, 1.0), 2: End(TERM), 3: End(TERM)}, "rank 1 (pp=0 dp_shard=1)"),
-        ({0: left(LOST, 1.0), 1: End(TERM), 2: End(TERM), 3: End(TERM)}, "rank 0 (pp=0 dp_shard=0)"),
+        (
+            {1: End(TERM), 0: left(LOST, 1.0), 2: End(TERM), 3: End(TERM)},
+            "rank 1 (pp=0 dp_shard=1)",
+        ),
+        (
+            {0: left(LOST, 1.0), 1: End(TERM), 2: End(TERM), 3: End(TERM)},
+            "rank 0 (pp=0 dp_shard=0)",
+        ),
         ({0: left(LOST, 1.0), 1: End(TERM), 2: End(TERM)}, "rank 3 (pp=1 dp_shard=1) has left the"),
     ],
 )

@@ -1,4 +1,4 @@
-"""An all-to-all goes pair by pair where it can: the same rows, the same count, and times of pairs."""
+"""An all-to-all goes pair by pair where it can: the same rows and count, and times of pairs."""
 
 from __future__ import annotations
 

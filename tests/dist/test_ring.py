@@ -22,7 +22,7 @@ def ring(tmp_path):
 
 
 @pytest.fixture
-def reader(ring, tmp_path):
+def reader(ring, tmp_path):  # noqa: ARG001 (it reads what `ring` has made)
     return RingReader(ring_path(tmp_path, 2))
 
 

@@ -93,7 +93,8 @@ Told = SaveRecord | LostSaveRecord
 class Saver(Protocol):
     """Saves a run; every rank has one and calls it in the same order.
 
-    Called by the thread that trains. `begin` and `finish` are collective, the others are not.
+    Called by the thread that trains. `begin`, `finish` and a `fence` before
+    a step that is saved are collective, the others are not.
     A saver is made, by ``build(run, parts)``, before the first step, with parts that lie as all
     later ones do.
     """
@@ -114,8 +115,14 @@ class Saver(Protocol):
         """
         ...
 
-    def fence(self) -> None:
-        """Returns once the state may change; at once where nothing has been begun."""
+    def fence(self, *, is_due: bool = False) -> None:
+        """Returns once the state may change; at once where nothing has been begun.
+
+        Args:
+            is_due: whether the step that is about to be taken will be saved. Then the save before
+                must be complete first, on all ranks, so that a run that is killed has lost no more
+                than the steps since.
+        """
         ...
 
     def poll(self) -> list[Told]:

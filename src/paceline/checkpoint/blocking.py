@@ -62,7 +62,7 @@ class BlockingSaver:
         )
         self._told += [record, *copies]
 
-    def fence(self) -> None:
+    def fence(self, *, is_due: bool = False) -> None:
         pass
 
     def poll(self) -> list[Told]:

@@ -127,12 +127,13 @@ class LazySaver:
         self._filler = _Filler(self._levels) if run.world.is_first else None
         self._write: _Write | None = None
         self._told: list[Told] = []
+        self._settled_s = 0.0
         threading.Thread(target=self._staging.fault_in, daemon=True).start()
 
     def begin(self, step: int, parts: NamedParts, progress: Progress | None = None) -> None:
-        start_s = time.perf_counter()
         self._settle()
-        stall_s = time.perf_counter() - start_s
+        stall_s, self._settled_s = self._settled_s, 0.0
+        start_s = time.perf_counter() - stall_s
         parts = named_parts(parts)
         live = PartsWriter(parts)
         assert live.create_local_plan().items == self._layout.local.items, "the layout has changed"
@@ -148,9 +149,11 @@ class LazySaver:
         self._write.stall_s = stall_s
         self._write.stood_s = time.perf_counter() - start_s
 
-    def fence(self) -> None:
+    def fence(self, *, is_due: bool = False) -> None:
         if self._write is not None:
             self._write.fence()
+        if is_due:
+            self._settle()
 
     def poll(self) -> list[Told]:
         write = self._write
@@ -181,10 +184,15 @@ class LazySaver:
 
     def _settle(self) -> None:
         """Waits for the save before, which is complete, or lost, on all ranks alike."""
-        write, world = self._write, self._run.world
-        if write is None:
-            return
-        write.fence()
+        start_s = time.perf_counter()
+        if self._write is not None:
+            self._write.fence()
+            self._wait(self._write)
+        self._settled_s += time.perf_counter() - start_s
+
+    def _wait(self, write: _Write) -> None:
+        """Waits for a save that has been copied."""
+        world = self._run.world
         try:
             agreed(world, write.wait_for_share)
         except Exception as error:  # the first rank need not wait for accounts that never come

@@ -178,7 +178,12 @@ class CountedReduceScatter(_Counted):
     """For ``FSDPModule.set_custom_reduce_scatter``."""
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
     ) -> Any:
         number = self._enter("reduce-scatter", input_tensor)
         work = reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

@@ -124,7 +124,7 @@ class PointToPoint:
         return PendingTensor(work, tensor, traffic, call)
 
     def finish(self) -> None:
-        """Returns once all that was sent has been taken. (Gloo tells of no send before.)"""
+        """Returns once all that was sent has been taken: gloo tells of no send before."""
         while self._under_way:
             self._end(self._under_way.popleft())
 

@@ -1,4 +1,4 @@
-"""A rank's collectives in a ring in shared memory: read by anyone at any time, written without cost.
+"""A rank's collectives in a ring in shared memory: read by anyone at any time, cheap to write.
 
 One file a rank, mapped into memory: RUN/watch/rank-R.ring. A call is a few stores, with no lock and
 no system call; a rank that is stopped or dead leaves all it has done. The file has, in this order:
@@ -10,9 +10,9 @@ no system call; a rank that is stopped or dead leaves all it has done. The file 
     slots     the last calls, 64 bytes each; a call's number stands first and last, so that
               one that is being overwritten is told from a whole one
 
-Times in it are nanoseconds of the machine's monotonic clock, which all its processes share. On a GPU
-a call returns once it is queued: its times are those of the host, and say who has come how far, but
-not how long a transfer takes.
+Times in it are nanoseconds of the machine's monotonic clock, which all its processes share. On a
+GPU a call returns once it is queued: its times are those of the host, and say who has come how far,
+but not how long a transfer takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,7 +346,7 @@ class RingReader:
         return int(self._words[_WORDS["pid"]])
 
     def is_current(self) -> bool:
-        """Whether the rank has not begun another ring since, as it does when it is started again."""
+        """Whether the rank has not begun another ring since, as it does when started again."""
         try:
             return self.path.stat().st_ino == self._inode
         except FileNotFoundError:

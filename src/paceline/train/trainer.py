@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,6 +109,7 @@ class Trainer:
                 start_s = self.clock.now_s()
                 step = self.state.step + 1
                 rate = learning_rate(self.plan.optimizer, step, self.config.steps)
+                is_saved = self._interval.is_due(step) or step == self.config.steps
                 result = train_step(
                     self.state,
                     self.loader.microbatches(step, self.world.data_index),
@@ -115,14 +117,14 @@ class Trainer:
                     self.world,
                     learning_rate=rate,
                     max_norm=self.plan.optimizer.clip_norm,
-                    before_update=saver.fence,
+                    before_update=partial(saver.fence, is_due=is_saved),
                 )
                 synchronize(self.world.device)
                 self.world.finish_step(self.state.step)
                 record = self._observe(result, rate, self.clock.now_s() - start_s)
                 self._interval.note_step(record.time_s)
                 self._tell(saver.poll())
-                if self._interval.is_due(step) or step == self.config.steps:
+                if is_saved:
                     self._save(saver)
                 self._evaluate_if_due()
             with self.world.phase("saving"):
