@@ -81,6 +81,7 @@ def test_a_run_folder_is_as_the_contract_says(finished):
         "model",
         "records",
         "checkpoints",
+        ".writer",
     }
     plan = Plan.from_toml(out / "plan.toml")
     assert (plan.train.sequence_length, plan.train.tokens_per_step) == (16, 96)

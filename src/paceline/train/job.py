@@ -163,12 +163,11 @@ def run_job(job: Job, source: ModelSource, device_name: str = "auto") -> StepRec
     device = choose_device(device_name, local_rank=environment.local_rank if environment else 0)
     watched = job.folder.path if job.plan.resilience.watch else None
     with open_world(job.plan.mesh, device, watched=watched) as world, ExitStack() as stack:
-        if world.is_first:
-            stack.enter_context(job.folder.held())
         trainer = Trainer(source, job.config, job.plan, world, job.folder)
         if job.checkpoint is not None:
             trainer.restore(job.checkpoint)
         if world.is_first:  # not before the data and the checkpoint have been found sound
+            stack.enter_context(job.folder.held())
             _write_down(replace(job, config=trainer.config), source, trainer.state.step)
         world.barrier()
         record = trainer.run()
