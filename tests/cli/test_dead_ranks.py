@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
+
 pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 LIMIT_S = 10.0
@@ -27,8 +29,7 @@ FAULT = """
 import os, signal, time
 if os.environ.get("RANK") == "1":
     import torch
-    from paceline.checkpoint.manifest import newest_checkpoint, read_manifest
-from paceline.core.errors import DataError
+    from paceline.core.errors import DataError
     backward, calls = torch.Tensor.backward, []
     def stumble():
         open({died!r}, "w").write(str(time.time()))
