@@ -26,6 +26,7 @@ def inside(monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
     return caught.value.code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_every_axis_is_measured_and_both_sides_agree(monkeypatch, capsys):
     """The first two losses of each axis are those of the peer, or it is an error."""
     for module in (axes, context, ladder, vocabulary):
@@ -66,6 +67,7 @@ def test_a_side_that_does_other_work_is_an_error():
         _require_same("tp", [measured((math.inf, math.inf))])
 
 
+@pytest.mark.slow
 def test_a_peer_with_another_step_is_caught(monkeypatch):
     """Of one micro-batch alone: the first loss is the same, the second is not."""
     for module in (axes, context, ladder, vocabulary):

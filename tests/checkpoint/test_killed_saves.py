@@ -86,6 +86,7 @@ def killed_at(folder: Path, number: int, mesh: MeshConfig, dying: int = 0, **con
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SAVERS)
 def test_a_kill_at_any_operation_leaves_the_newest(tmp_path, method):
     mesh, outcomes, number = MeshConfig(), [], 1
@@ -123,6 +124,7 @@ def test_a_kill_leaves_the_newest_on_some_level(tmp_path, method):
     assert len(outcomes) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
 @pytest.mark.parametrize("method", SAVERS)
 def test_a_rank_that_is_killed_leaves_the_newest(tmp_path, dying, method):

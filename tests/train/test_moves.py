@@ -223,6 +223,11 @@ SLOW = (  # four ranks and more, and what others prove nearly as well
     "untied, tp 2 to pp 2",
     "torch's 3 to our 3 to stage 1",
     "sgd, 1 rank to tp 2",
+    "cp 2 to uneven heads, tp 3",
+    "interleaved to plain",
+    "words spread, tied, to dp_shard 2",
+    "frozen, stage 2 to tp 2",
+    "other micro-batches, 2 ranks to 1",
 )
 
 
