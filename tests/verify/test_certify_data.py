@@ -24,7 +24,7 @@ from paceline.plan.plan import (
 )
 from paceline.verify.certify import certify
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 STAGES = {
     "1": ZeroConfig(stage=1),

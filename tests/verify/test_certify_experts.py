@@ -17,7 +17,7 @@ from paceline.plan.plan import ExpertConfig, MemoryConfig, PipelineConfig, Plan,
 from paceline.verify.certify import BOUND, Certificate, certify
 from paceline.verify.tiny import fitted, tiny_spec
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 MIXTRAL = family("mixtral").PRESETS["tiny"]
 SINGLE = replace(

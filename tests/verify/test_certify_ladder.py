@@ -14,7 +14,7 @@ from paceline.plan.check import check
 from paceline.plan.plan import PeftConfig, ZeroConfig
 from paceline.verify.certify import certify
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 TINY = PRESETS["tiny"]
 LEARNED = replace(UNEVEN, positions="learned", norm="layer", qk_norm="none")

@@ -14,7 +14,7 @@ from paceline.plan.plan import MemoryConfig, Plan, TensorConfig, TrainConfig, Ze
 from paceline.verify.certify import certify
 from paceline.verify.matrix import name_of
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 # Six query heads in groups of two: 4 ranks have 1, 2, 1 and 2 of them, and copies of a key head.
 SPEC = replace(PRESETS["tiny"], num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8)

@@ -13,7 +13,7 @@ from paceline.plan.plan import PipelineConfig, Plan, TrainConfig, ZeroConfig
 from paceline.verify.certify import BOUND, certify
 from paceline.verify.tiny import tiny_spec
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 LENGTH, SEQUENCES = 9, 6
 VOCAB_SIZE = 43  # that no number of ranks divides

@@ -33,7 +33,7 @@ from paceline.parallel.context.travel import Ring
 from paceline.parallel.context.ulysses import Exchange
 from paceline.plan.plan import ContextConfig, MemoryConfig, Plan, ZeroConfig
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 WINDOWED = replace(UNEVEN, window=6)
 LEARNED = replace(UNEVEN, positions="learned", norm="layer", qk_norm="none")

@@ -32,7 +32,7 @@ from paceline.parallel.data.shard_gradients import ShardGradients
 from paceline.plan.layout import padded_share
 from paceline.plan.plan import PipelineConfig, Plan, ZeroConfig
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 STAGES = {
     "1": (ZeroConfig(stage=1), OptimizerSharded),

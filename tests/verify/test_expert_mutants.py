@@ -35,7 +35,7 @@ from paceline.plan.layout import Place
 from paceline.plan.model_spec import MoeSpec
 from paceline.plan.plan import ExpertConfig, Plan, ZeroConfig
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 GROUPED = replace(
     UNEVEN,

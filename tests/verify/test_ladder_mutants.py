@@ -27,7 +27,7 @@ from paceline.models.ladder import LadderBlock, Stream
 from paceline.parallel.tensor import ladder
 from paceline.parallel.tensor.ladder import OverlappedSums
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 WHOLE = replace(UNEVEN, num_layers=3, ladder_from=0)
 UPPER = replace(WHOLE, ladder_from=1)

@@ -44,7 +44,7 @@ from paceline.parallel.tensor.decoder import SplitDecoder
 from paceline.plan.plan import PipelineConfig
 from paceline.train import step as step_module
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 SPEC = replace(
     PRESETS["tiny"],

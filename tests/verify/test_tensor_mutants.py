@@ -38,7 +38,7 @@ from paceline.parallel.tensor.vocabulary import SplitVocabulary
 from paceline.plan.layout import Place
 from paceline.plan.plan import ZeroConfig
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 LEARNED = replace(UNEVEN, positions="learned", norm="layer", qk_norm="none")
 WHOLE_NORMS = replace(UNEVEN, norm_placement="after", qk_norm="all")

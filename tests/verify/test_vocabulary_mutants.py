@@ -31,7 +31,7 @@ from paceline.parallel.pipeline.spread_embedding import SpreadEmbedding
 from paceline.parallel.pipeline.spread_head import SpreadHead
 from paceline.plan.plan import PipelineConfig, Plan, ZeroConfig
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
 
 SPEC = replace(
     PRESETS["tiny"],
