@@ -21,7 +21,13 @@ pytestmark = [pytest.mark.cpu, pytest.mark.ranks]
 LIMIT_S = 30.0
 STEPS = 9
 SIZES = ("train.sequence_length=16", "train.tokens_per_step=192")  # 12 sequences
-SAME = ("optimizer.schedule.kind=constant", "optimizer.eps=1e-4", "checkpoint.interval_steps=2")
+# Saved step by step, so that it is known which step a run goes on from.
+SAME = (
+    "optimizer.schedule.kind=constant",
+    "optimizer.eps=1e-4",
+    "checkpoint.interval_steps=2",
+    "checkpoint.method=blocking",
+)
 # Python reads it as it starts. Before its step STEP rank RANK comes to grief: once for each step
 # that is listed, or each time.
 FAULT = """
