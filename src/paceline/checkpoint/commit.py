@@ -17,6 +17,7 @@ from paceline.checkpoint.manifest import (
     Progress,
     TensorEntry,
     complete_checkpoints,
+    step_of,
 )
 from paceline.core.files import sync_file
 from paceline.plan.plan import CheckpointConfig
@@ -63,7 +64,7 @@ def drop_old(folder: Path, config: CheckpointConfig, spared: Collection[Path] = 
         config: how many are kept.
         spared: those that are being read.
     """
-    complete = {int(p.name.removeprefix("step-")): p for p in complete_checkpoints(folder)}
+    complete = {step_of(p): p for p in complete_checkpoints(folder)}
     for step in sorted(complete.keys() - kept(complete, config)):
         if complete[step] not in spared:
             drop(complete[step])

@@ -12,7 +12,7 @@ from pathlib import Path
 from paceline.checkpoint.base import LostSaveRecord, SavedRun, SaveRecord, Told
 from paceline.checkpoint.commit import commit, drop_old, open_unfinished, unfinished
 from paceline.checkpoint.levels import MEMORY, level_folder, memory_folder
-from paceline.checkpoint.manifest import MANIFEST, complete_checkpoints, read_manifest
+from paceline.checkpoint.manifest import MANIFEST, complete_checkpoints, read_manifest, step_of
 from paceline.checkpoint.save import not_written
 from paceline.core.errors import DataError, PacelineError
 from paceline.core.files import sync_file, write_text
@@ -59,7 +59,7 @@ class SlowerLevels:
             except PacelineError as error:
                 if self._config.on_error == "stop":
                     raise
-                step = int(source.name.removeprefix("step-"))
+                step = step_of(source)
                 shutil.rmtree(unfinished(folder, step), ignore_errors=True)
                 yield LostSaveRecord(step=step, level=level, why=str(error))
             finally:

@@ -22,7 +22,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +46,12 @@ from paceline.checkpoint.copies import (
 )
 from paceline.checkpoint.fill import SlowerLevels
 from paceline.checkpoint.levels import level_folder, require_levels, require_run_folder
-from paceline.checkpoint.manifest import FileEntry, Progress
+from paceline.checkpoint.manifest import FileEntry, Progress, file_entries
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.save import not_written
 from paceline.checkpoint.staging import StagedTensors, Staging
 from paceline.core.errors import PacelineError, RankError
-from paceline.core.files import sha256, write_text
+from paceline.core.files import write_text
 from paceline.dist.world import World
 from paceline.optim.parts import NamedParts, Part, named_parts
 from paceline.plan.layout import Box
@@ -276,7 +276,7 @@ class _Files:
         writer.finish(Metadata({}), [results])
         written = self.path.glob(f"{self.layout.mine.storage_data.prefix}*")
         staged.staged.wait()  # also where this rank writes nothing
-        share = _Share(_entries(written), copies)
+        share = _Share(file_entries(written), copies)
         write_text(self._account(self.run.world.rank), share.to_json())
 
     def commit(self, is_over: threading.Event) -> int:
@@ -300,7 +300,7 @@ class _Files:
             (self.path / f"__{rank}{_METADATA}").unlink()
         writer = FileSystemWriter(self.path, sync_files=True)
         writer.finish(replace(self.layout.metadata), results)
-        files |= _entries([self.path / _METADATA])
+        files |= file_entries([self.path / _METADATA])
         manifest = manifest_of(self.step, run, self.layout.metadata, files, self.progress)
         manifest.commit(self.path)
         commit(self.folder, self.step)
@@ -347,10 +347,6 @@ class _Share(NamedTuple):
             for name, offsets, sizes, plain, weighted in data["copies"]
         }
         return cls(files, copies)
-
-
-def _entries(paths: Iterable[Path]) -> dict[str, FileEntry]:
-    return {path.name: FileEntry(path.stat().st_size, sha256(path)) for path in paths}
 
 
 class _FromStaged(DefaultSavePlanner):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.checkpoint.base import SavedRun
-from paceline.checkpoint.manifest import complete_checkpoints
+from paceline.checkpoint.manifest import complete_checkpoints, step_of
 from paceline.core.errors import PacelineError, UsageError
 
 MEMORY, DISK = "memory", "disk"
@@ -48,7 +48,7 @@ def candidates(run_folder: Path, levels: Sequence[str]) -> list[Candidate]:
         levels: `checkpoint.levels` of its plan.
     """
     found = [
-        (-int(path.name.removeprefix("step-")), place, path)
+        (-step_of(path), place, path)
         for place, level in enumerate(levels)
         for path in complete_checkpoints(level_folder(run_folder, level))
     ]

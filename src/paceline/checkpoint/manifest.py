@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a complete checkpoint's, whatever it is called."""
     return (path / MANIFEST).exists()
+
+
+def file_entries(paths: Iterable[Path]) -> dict[str, FileEntry]:
+    """What a manifest says of files, by their names; reads each of them."""
+    return {path.name: FileEntry(path.stat().st_size, sha256(path)) for path in paths}
 
 
 def step_of(checkpoint: Path) -> int:

@@ -18,11 +18,10 @@ from paceline.checkpoint.commit import (
     unfinished,
 )
 from paceline.checkpoint.copies import check_copies
-from paceline.checkpoint.manifest import FileEntry, Progress
+from paceline.checkpoint.manifest import Progress, file_entries
 from paceline.checkpoint.parts import PartsWriter
 from paceline.checkpoint.quiet import quiet
 from paceline.core.errors import PacelineError
-from paceline.core.files import sha256
 from paceline.dist.world import World
 from paceline.optim.parts import NamedParts, named_parts
 from paceline.plan.declared import Declared
@@ -83,7 +82,7 @@ def _write(target: Path, parts: NamedParts, *, no_dist: bool) -> None:
 def _commit(folder: Path, step: int, run: SavedRun, progress: Progress | None) -> None:
     """Makes a written checkpoint complete, and removes those that are too old."""
     path = unfinished(folder, step)
-    files = {f.name: FileEntry(f.stat().st_size, sha256(f)) for f in path.iterdir()}
+    files = file_entries(path.iterdir())
     metadata = FileSystemReader(path).read_metadata()
     manifest_of(step, run, metadata, files, progress).commit(path)
     commit(folder, step)
