@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.checkpoint import SAVERS
+from paceline.checkpoint import SAVERS, shares
 from paceline.checkpoint.base import LostSaveRecord, SavedRun, Saver, SaveRecord, Told
 from paceline.checkpoint.lazy import LazySaver
 from paceline.checkpoint.levels import candidates, level_folder, memory_folder
@@ -235,21 +235,19 @@ def test_a_checkpoint_is_visible_once_every_rank_is_on_disk(tmp_path):
         parts = parts_of(world)
         saver = LazySaver(run_of(tmp_path, world), parts)
         if rank == 1:
-            write_share = saver_module._Files.write_share
+            write_share = shares.SaveFiles.write_share
 
             def late(files: Any, staged: Any, copies: Any) -> None:
                 time.sleep(0.5)
                 write_share(files, staged, copies)
 
-            saver_module._Files.write_share = late
+            shares.SaveFiles.write_share = late
         saver.begin(1, parts)
         saver.fence()
         time.sleep(0.25)
         visible = (level_folder(tmp_path, "disk") / "step-1").exists()
         saver.finish()
         return visible
-
-    import paceline.checkpoint.lazy as saver_module
 
     assert run_ranks(work, 2, timeout_s=30) == [False, False]
     assert value_of(level_folder(tmp_path, "disk") / "step-1") == (1, 0.0)

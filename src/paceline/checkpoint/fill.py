@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import shutil
 import threading
 import time
@@ -90,6 +91,55 @@ class SlowerLevels:
             write_s=time.perf_counter() - start_s,
             size_bytes=manifest.size_bytes,
         )
+
+
+class Filler:
+    """The first rank's thread that fills the slower levels.
+
+    Args:
+        levels: that it fills.
+    """
+
+    def __init__(self, levels: SlowerLevels) -> None:
+        self._levels = levels
+        self._told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="save: levels", daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """A checkpoint is complete on the first level."""
+        self._due.put(True)
+
+    def poll(self) -> list[Told]:
+        """What has become of copies.
+
+        Raises:
+            PacelineError: one has failed, and the plan says to stop.
+        """
+        if self._error is not None:
+            raise self._error
+        return [self._told.get() for _ in range(self._told.qsize())]
+
+    def finish(self) -> list[Told]:
+        """Waits until all levels are filled."""
+        self.close()
+        return self.poll()
+
+    def close(self) -> None:
+        """Ends the thread after what is due."""
+        if self._thread.is_alive():
+            self._due.put(False)
+            self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._due.get():
+                for told in self._levels.fill():
+                    self._told.put(told)
+        except Exception as error:
+            self._error = error
 
 
 def copy_checkpoint(source: Path, folder: Path) -> Path:
