@@ -23,6 +23,8 @@ pytestmark = pytest.mark.cpu
 B, T, S, H = 2, 7, 9, 8
 SCALE = 0.3
 ERRORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# Of bfloat16, torch's fused kernel takes a fast exponential on CPUs without AVX512: 4e-5.
+LSE_ERRORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-4}
 HEADS = [(4, 4), (4, 2), (3, 1)]
 MASKS = ["all", "causal", "some", "some rows none"]
 
@@ -78,7 +80,7 @@ def test_a_block_is_a_plain_softmax_of_its_keys(run, dtype, heads, mask):
     assert torch.equal(lse == -math.inf, expected_lse == -math.inf)
     assert not out.isnan().any()
     is_seeing = lse > -math.inf
-    assert (lse - expected_lse)[is_seeing].abs().max() <= min(ERRORS[dtype], 2e-6)
+    assert (lse - expected_lse)[is_seeing].abs().max() <= LSE_ERRORS[dtype]
     assert (out - expected_out).abs().max() <= ERRORS[dtype]
 
 
