@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.cpu, pytest.mark.ranks, pytest.mark.slow, pytest.mark.alone]
 
 
 def test_the_culprit_is_named_and_a_clean_run_raises_no_alarm(tmp_path, monkeypatch):
