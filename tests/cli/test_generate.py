@@ -64,12 +64,12 @@ def as_json():
 def test_json_is_one_object_and_nothing_else(as_json):
     from paceline.decode.sampler import SamplingParams
     from paceline.plan.plan import Plan
-    from paceline.serve.engine import Engine
+    from paceline.serve.load import load_engine
     from paceline.serve.request import Request
 
     assert as_json.returncode == 0, as_json.stderr
     found = json.loads(as_json.stdout)
-    engine = Engine.load(MODEL, Plan().with_overrides(['serve.dtype="float32"']), device="cpu")
+    engine = load_engine(MODEL, Plan().with_overrides(['serve.dtype="float32"']), device="cpu")
     sampling = SamplingParams(temperature=0.9, top_p=0.95, seed=3)
     prompt_ids = tuple(engine.tokenizer.encode("hi"))
     request = Request(prompt_ids=prompt_ids, sampling=sampling, max_tokens=24)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from paceline.core.clock import VirtualClock
-from paceline.decode.sampler import SamplingParams
+from paceline.decode.sampler import Sampled, SamplingParams
 from paceline.models.decoder import Decoder
 from paceline.models.families.llama import PRESETS
 from paceline.models.tokenizer import byte_tokenizer
@@ -20,9 +20,11 @@ from paceline.models.weights import RandomWeights, build, fill
 from paceline.serve.engine import Engine
 from paceline.serve.executor.base import Executor, StepResult, Work
 from paceline.serve.executor.local import LocalExecutor
+from paceline.serve.load import BLOCK_SIZE
 from paceline.serve.request import Delta, Request
 from paceline.serve.schedule.base import Budget, Policy
 from paceline.serve.schedule.serial import serial
+from paceline.serve.schedule.stall_free import stall_free
 
 TOKENIZER = byte_tokenizer()
 SPEC = replace(PRESETS["tiny"], max_positions=100_000)
@@ -38,10 +40,17 @@ def _model() -> Decoder:
     return model
 
 
-def real_engine(policy: Policy = serial, *, max_batch_tokens: int = 2048) -> Engine:
+def real_engine(
+    policy: Policy = stall_free,
+    *,
+    max_batch_tokens: int = 512,
+    max_sequences: int = 8,
+    num_blocks: int = 256,
+) -> Engine:
     """A new engine around that model, in float32."""
-    budget = Budget(max_batch_tokens, 1)
-    return Engine(LocalExecutor(_model()), policy, budget, _model().spec, TOKENIZER)
+    budget = Budget(max_batch_tokens, max_sequences)
+    executor = LocalExecutor(_model(), num_blocks, BLOCK_SIZE)
+    return Engine(executor, policy, budget, _model().spec, TOKENIZER)
 
 
 class Scripted:
@@ -52,6 +61,8 @@ class Scripted:
         step_s: how long a step takes.
         fail_at: which of the steps fails, counted from 1.
     """
+
+    num_blocks, block_size = 10_000, 16
 
     def __init__(self, text: str = "", *, step_s: float = 0.0, fail_at: int = 0) -> None:
         self.ids = TOKENIZER.encode(text)
@@ -67,15 +78,22 @@ class Scripted:
             raise RuntimeError("the device is on fire")
         sampled = {}
         for work in step:
-            if work.sampling is not None:
+            if work.draw is not None:
                 end = work.start + len(work.tokens)
                 place = end - self._prompt_ends.setdefault(work.request_id, end)
                 is_scripted = place < len(self.ids)
-                sampled[work.request_id] = self.ids[place] if is_scripted else encode("a")[0]
+                token = self.ids[place] if is_scripted else encode("a")[0]
+                sampled[work.request_id] = Sampled(token)
         return StepResult(sampled)
 
     def release(self, request_id: int) -> None:
         self.released.append(request_id)
+
+    def restart(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def scripted_engine(executor: Executor, *, max_batch_tokens: int = 2048) -> Engine:

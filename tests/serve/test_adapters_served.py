@@ -18,7 +18,7 @@ from paceline.models.peft.attach import attach
 from paceline.models.peft.files import write_adapter
 from paceline.models.weights import RandomWeights, build, fill
 from paceline.plan.plan import PeftConfig, Plan
-from paceline.serve.engine import Engine
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 pytestmark = pytest.mark.cpu
@@ -63,12 +63,12 @@ def request(prompt: list[int], max_tokens: int) -> Request:
 @pytest.mark.parametrize("method", METHODS)
 def test_answers_are_those_of_the_plain_model(tmp_path, method):
     source, model = make(tmp_path, method)
-    engine = Engine.load(source, PLAN, device="cpu")
+    engine = load_engine(source, PLAN, device="cpu")
     prompts = [[5, 9, 1, 77, 30, 8, 6, 120, 14], [200]]  # in chunks of seven, and alone
     answers = engine.generate([request(prompt, 20) for prompt in prompts])
     for prompt, answer in zip(prompts, answers, strict=True):
         assert list(answer.token_ids) == plain_tokens(model, prompt, 20)
-    without = Engine.load(replace(source, adapter=None), PLAN, device="cpu")
+    without = load_engine(replace(source, adapter=None), PLAN, device="cpu")
     assert without.generate([request(prompts[0], 20)])[0].token_ids != answers[0].token_ids
 
 
@@ -76,7 +76,7 @@ def test_answers_are_those_of_the_plain_model(tmp_path, method):
 def test_virtual_tokens_take_their_part_of_the_context(tmp_path, method):
     source, model = make(tmp_path, method)
     room = source.spec.max_positions - 16
-    engine = Engine.load(source, PLAN, device="cpu")
+    engine = load_engine(source, PLAN, device="cpu")
     assert engine.spec.max_positions == room
     prompt = [n % 250 for n in range(room - 3)]
     (answer,) = engine.generate([request(prompt, 3)])

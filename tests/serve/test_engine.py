@@ -23,6 +23,7 @@ from paceline.core.errors import ConfigError, PacelineError, RequestError, Usage
 from paceline.plan.plan import Plan
 from paceline.serve.engine import Engine, join
 from paceline.serve.executor.base import StepResult
+from paceline.serve.load import load_engine
 from paceline.serve.schedule.base import Budget, Share, StepPlan
 from paceline.serve.schedule.serial import serial
 
@@ -73,10 +74,11 @@ def test_an_answer_is_the_same_when_another_comes_in_between(alone):
 
 def alternating(view, budget, now_s):  # noqa: ARG001
     """Each request gets a share in turn: the one that has computed least, in small chunks."""
-    if not view:
+    requests = [*view.running, *view.waiting]
+    if not requests:
         return StepPlan(())
-    chosen = min(view, key=lambda request: request.num_computed)
-    num_tokens = min(chosen.num_total - chosen.num_computed, budget.max_batch_tokens)
+    chosen = min(requests, key=lambda request: request.num_computed)
+    num_tokens = min(chosen.num_left, budget.max_batch_tokens)
     return StepPlan((Share(chosen.id, num_tokens),))
 
 
@@ -100,7 +102,7 @@ def test_work_is_in_chunks_of_the_budget():
     scripted_engine(executor, max_batch_tokens=4).generate([ask("0123456789", max_tokens=3)])
     steps = [(work.start, len(work.tokens)) for step in executor.steps for work in step]
     assert steps == [(0, 4), (4, 4), (8, 2), (10, 1), (11, 1)]
-    is_sampled = [step[0].sampling is not None for step in executor.steps]
+    is_sampled = [step[0].draw is not None for step in executor.steps]
     assert is_sampled == [False, False, True, True, True]
     assert executor.steps[0][0].tokens == encode("0123")
     assert executor.released == [0]
@@ -365,7 +367,7 @@ def test_a_refused_request_harms_nobody(alone):
 
 def test_a_plan_that_cannot_be_served():
     with pytest.raises(ConfigError) as caught:
-        Engine.load(MODEL, Plan().with_overrides(["serve.mesh.tp=2", 'serve.policy="seriall"']))
+        load_engine(MODEL, Plan().with_overrides(["serve.mesh.tp=2", 'serve.policy="seriall"']))
     paths = {problem.path: problem.hint for problem in caught.value.problems}
     assert paths["serve.policy"] == "did you mean serial?"
     assert "serve.mesh.tp" in paths
@@ -373,13 +375,13 @@ def test_a_plan_that_cannot_be_served():
 
 def test_a_device_that_is_none():
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
-        Engine.load(MODEL, device="gpu")
+        load_engine(MODEL, device="gpu")
 
 
 def test_dtypes():
     for name in ("float32", "bfloat16"):
-        engine = Engine.load(MODEL, Plan().with_overrides([f'serve.dtype="{name}"']), device="cpu")
-        assert str(engine._executor._dtype) == f"torch.{name}"
+        engine = load_engine(MODEL, Plan().with_overrides([f'serve.dtype="{name}"']), device="cpu")
+        assert str(engine._executor._store.blocks_L2MKSH.dtype) == f"torch.{name}"
         assert len(engine.generate([ask(max_tokens=3)])[0].token_ids) == 3
 
 
@@ -388,7 +390,7 @@ def test_times_are_the_clock_s():
     seen = []
 
     def watching(view, budget, now_s):
-        seen.append((now_s, [request.arrival_s for request in view]))
+        seen.append((now_s, [request.arrival_s for request in [*view.running, *view.waiting]]))
         return serial(view, budget, now_s)
 
     class Slow(Scripted):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline.decode.sampler import SamplingParams
 from paceline.models.hub import fetch
 from paceline.plan.plan import Plan
-from paceline.serve.engine import Engine
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
@@ -42,7 +42,7 @@ def theirs(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     plan = Plan().with_overrides(['serve.dtype="float32"'])
-    return Engine.load(str(folder), plan, device="cpu")
+    return load_engine(str(folder), plan, device="cpu")
 
 
 @pytest.mark.parametrize("text", TEXTS)

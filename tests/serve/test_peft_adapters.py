@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from paceline.models.adapters import resolve_adapted
 from paceline.models.hub import fetch
 from paceline.plan.plan import Plan
-from paceline.serve.engine import Engine
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 pytestmark = [
@@ -52,12 +52,12 @@ def test_greedy_tokens_are_those_of_peft(method, tmp_path):
     model.save_pretrained(tmp_path)
     plan = Plan().with_overrides(['serve.dtype="float32"'])
     # The file names the folder that the model came from; no other word is needed.
-    engine = Engine.load(resolve_adapted(str(tmp_path)), plan, device="cpu")
+    engine = load_engine(resolve_adapted(str(tmp_path)), plan, device="cpu")
     ids = engine.tokenizer.encode("Once upon a time, in a village by the sea,")
     request = Request(
         prompt_ids=tuple(ids), sampling=GREEDY, max_tokens=NUM_TOKENS, ignore_eos=True
     )
     (answer,) = engine.generate([request])
     assert list(answer.token_ids) == greedy(model, ids)
-    plain = Engine.load(str(folder), plan, device="cpu").generate([request])[0]
+    plain = load_engine(str(folder), plan, device="cpu").generate([request])[0]
     assert answer.token_ids != plain.token_ids

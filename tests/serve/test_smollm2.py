@@ -10,7 +10,7 @@ from paceline.decode.sampler import SamplingParams
 from paceline.models.chat import render_chat
 from paceline.models.hub import fetch, resolve
 from paceline.plan.plan import Plan
-from paceline.serve.engine import Engine
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
@@ -45,7 +45,7 @@ def theirs(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     plan = Plan().with_overrides(['serve.dtype="float32"'])
-    return Engine.load(str(folder), plan, device="cpu")
+    return load_engine(str(folder), plan, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_sampled_answer_is_the_same_alone_and_after_others(folder, engine, pro
         max_tokens=12,
     )
     plan = Plan().with_overrides(['serve.dtype="float32"'])
-    alone = Engine.load(str(folder), plan, device="cpu").generate([request])[0]
+    alone = load_engine(str(folder), plan, device="cpu").generate([request])[0]
     assert engine.generate([other, request, other])[1] == alone
     deltas, others = [], []
     engine.submit(request, deltas.append)

@@ -11,9 +11,9 @@ from paceline.decode.sampler import SamplingParams
 from paceline.models.chat import render_chat
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.plan import Plan
-from paceline.serve import engine
 from paceline.serve.api.schema import random_seed
 from paceline.serve.engine import Answer
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 Prompt = str | Sequence[int]
@@ -35,7 +35,7 @@ class Engine:
     def __init__(
         self, model: str | Path, plan: Plan | None = None, *, device: str = "auto"
     ) -> None:
-        self._engine = engine.Engine.load(str(model), plan, device=device)
+        self._engine = load_engine(str(model), plan, device=device)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -18,6 +18,7 @@ from paceline.decode.sampler import SamplingParams
 from paceline.kernels.device import choose_device, choose_dtype
 from paceline.plan.plan import Plan
 from paceline.serve.engine import Engine
+from paceline.serve.load import load_engine
 from paceline.serve.request import Request
 
 PROMPT = "A paceline is a line of riders who take turns at the front, so that"
@@ -33,7 +34,7 @@ def run(
     peer = require_peer(against, model)
     compute = choose_dtype(dtype, choose_device("cpu"))
     name = str(compute).removeprefix("torch.")
-    engine = Engine.load(model, Plan().with_overrides([f'serve.dtype="{name}"']), device="cpu")
+    engine = load_engine(model, Plan().with_overrides([f'serve.dtype="{name}"']), device="cpu")
     prompt_ids = engine.tokenizer.encode(PROMPT)
     theirs = _peers(load_peer(model, compute), prompt_ids)
     rates = interleave(_ours(engine, prompt_ids), theirs)

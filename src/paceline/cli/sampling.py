@@ -59,11 +59,11 @@ def load_engine(
     from rich.markup import escape
 
     from paceline.models.adapters import resolve_adapted
-    from paceline.serve.engine import Engine
+    from paceline.serve import load
 
     require_dtype(dtype)
     plan = read_plan(plan_file, settings)
     if dtype:
         plan = plan.with_overrides([f'serve.dtype="{dtype}"'])
     with Console(stderr=True).status(f"loading {escape(model)}"):
-        return Engine.load(resolve_adapted(model, adapter), plan, device=device)
+        return load.load_engine(resolve_adapted(model, adapter), plan, device=device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paceline.kernels.attend import scaled_dot_product
+from paceline.kernels.attend_paged import causal_mask_TS
 from paceline.models.attention import AttentionSite
 from paceline.models.layout import Layout
 from paceline.plan.model_spec import ModelSpec
@@ -72,7 +73,7 @@ class ContiguousCache:
         store_2BSKH[0, :, start:end] = k_BTKH
         store_2BSKH[1, :, start:end] = v_BTKH
         first = 0 if site.window is None else max(0, start + 1 - site.window)
-        mask_TS = _mask_TS(start - first, end - start, site.window, q_BTNH.device)
+        mask_TS = causal_mask_TS(start - first, end - start, site.window, q_BTNH.device)
         return scaled_dot_product(
             q_BTNH,
             store_2BSKH[0, :, first:end],
@@ -95,22 +96,3 @@ class ContiguousCache:
         shape = (*old.shape[:3], capacity, *old.shape[4:])
         self._store_L2BSKH = torch.empty(shape, dtype=old.dtype, device=old.device)
         self._store_L2BSKH[:, :, :, : old.shape[3]] = old
-
-
-def _mask_TS(
-    num_before: int, num_new: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Which keys each new token sees; None where it is all of them, or a plain causal square.
-
-    Args:
-        num_before: keys before the first new token.
-        num_new: new tokens, whose keys come last.
-        window: tokens that a query sees, its own among them.
-        device: of the mask.
-    """
-    is_wide = window is None or window >= num_before + num_new
-    if num_new == 1 or (num_before == 0 and is_wide):
-        return None
-    mask_TS = torch.ones(num_new, num_before + num_new, dtype=torch.bool, device=device)
-    mask_TS = mask_TS.tril(num_before)
-    return mask_TS if window is None else mask_TS.triu(num_before + 1 - window)

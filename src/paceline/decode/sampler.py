@@ -7,6 +7,7 @@ runs, on how a prompt is cut into chunks, or on who proposes the token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,43 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stream: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token that is to be chosen.
+
+    Attributes:
+        params: how.
+        position: index of the new token in its sequence, the prompt included.
+    """
+
+    params: SamplingParams
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token that has been chosen.
+
+    Attributes:
+        token: its id.
+    """
+
+    token: int
+
+
+def sample_rows(logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+    """A token for each row; what one row gives does not depend on the others.
+
+    Args:
+        logits_RV: of the model, in any dtype and on any device.
+        draws: how to choose, one a row.
+    """
+    return [
+        Sampled(sample(logits_V, draw.params, draw.position))
+        for logits_V, draw in zip(logits_RV, draws, strict=True)
+    ]
 
 
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:

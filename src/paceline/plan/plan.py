@@ -282,8 +282,9 @@ class ServeConfig(Config):
     Attributes:
         policy: which request gets how many tokens of a step.
         max_batch_tokens: tokens computed in one step, over all requests.
-        max_sequences: sequences that may hold a KV cache at a time.
-        kv_memory_bytes: memory for KV caches. Absent: `max_sequences` whole contexts.
+        max_sequences: sequences that may hold keys and values at a time.
+        kv_memory_bytes: memory for keys and values. Absent: 1 GiB, or what one whole context needs,
+            if that is more; never more than `max_sequences` whole contexts need.
         dtype: weights, activations and caches; ``auto`` as in `PrecisionConfig`.
         weights: ``auto`` is `dtype`.
         batch_invariant: whether logits must not depend on what else is in the batch.
@@ -291,9 +292,9 @@ class ServeConfig(Config):
         mesh: serving's own layout.
     """
 
-    policy: str = "serial"
-    max_batch_tokens: int = 2048
-    max_sequences: int = 1
+    policy: str = "stall-free"
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
     kv_memory_bytes: int | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     weights: Literal["auto", "int8"] = "auto"

@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from paceline.core.clock import Clock, WallClock
 from paceline.core.errors import PacelineError
-from paceline.kernels.device import choose_device, choose_dtype
-from paceline.models.adapters import adapt, resolve_adapted
-from paceline.models.fuse import fuse
-from paceline.models.hub import ModelSource
 from paceline.models.tokenizer import Tokenizer
-from paceline.models.weights import build, fill
-from paceline.plan import check
 from paceline.plan.model_spec import ModelSpec
-from paceline.plan.plan import Plan
-from paceline.serve.executor.base import Executor, StepResult, Work
-from paceline.serve.executor.local import LocalExecutor
-from paceline.serve.request import Delta, FinishReason, Request, RequestState, require_servable
-from paceline.serve.schedule import POLICIES
-from paceline.serve.schedule.base import Budget, Policy, RequestView, StepPlan
+from paceline.serve.book import Book
+from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult
+from paceline.serve.kv.owner import root
+from paceline.serve.outlet import Event, Outlet
+from paceline.serve.request import (
+    AnswerText,
+    Delta,
+    FinishReason,
+    Request,
+    RequestState,
+    require_servable,
+)
+from paceline.serve.schedule.base import Budget, Policy, StepPlan
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Engine:
         spec: sizes of the model; the context is what virtual tokens leave of it.
         tokenizer: of the model.
         clock: what time is read from.
+        num_virtual: tokens before every request's own that take room in its blocks.
     """
 
     def __init__(
@@ -66,11 +68,14 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         clock: Clock | None = None,
+        num_virtual: int = 0,
     ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
+        self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
+        self._room_tokens = executor.num_blocks * executor.block_size - num_virtual
         self._executor, self._policy, self._budget = executor, policy, budget
         self._clock = clock or WallClock()
-        self._requests: dict[int, RequestState] = {}  # in order of arrival
+        self._outlet = Outlet(self.cancel)
         self._arrived: list[RequestState] = []
         self._cancelled: set[int] = set()
         self._next_id = 0
@@ -78,52 +83,24 @@ class Engine:
         self._is_stopped = False
         self._failure: Exception | None = None
 
-    @classmethod
-    def load(
-        cls, model: str | ModelSource, plan: Plan | None = None, *, device: str = "auto"
-    ) -> Engine:
-        """An engine for a MODEL, as a plan's ``[serve]`` says.
-
-        Raises:
-            ConfigError: the plan cannot be served.
-            UsageError: no such model.
-        """
-        plan = plan or Plan()
-        source = resolve_adapted(model) if isinstance(model, str) else model
-        check.require(plan, source.spec)
-        where = choose_device(device)
-        decoder = build(source.spec, choose_dtype(plan.serve.dtype, where))
-        fill(decoder, adapt(decoder, source), where)
-        fuse(decoder)
-        room = source.spec.max_positions - decoder.num_virtual_tokens
-        return cls(
-            LocalExecutor(decoder),
-            POLICIES.load(plan.serve.policy),
-            Budget(plan.serve.max_batch_tokens, plan.serve.max_sequences),
-            replace(source.spec, max_positions=room),
-            source.tokenizer,
-        )
-
     # For callers, from any thread
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> int:
-        """Hands in a request; its answer comes through `on_delta`, on the engine's thread.
+        """Hands in a request; its answer comes through `on_delta`, from the engine's threads.
 
         Returns:
             The request's id.
 
         Raises:
-            RequestError: the model cannot answer it.
+            RequestError: it cannot be answered.
             PacelineError: the engine has stopped or failed.
         """
-        require_servable(request, self.spec)
+        require_servable(request, self.spec, self._room_tokens)
         with self._wake:
             if self._is_stopped or self._failure:
                 raise PacelineError("the engine has stopped")
             number, self._next_id = self._next_id, self._next_id + 1
-            now_s = self._clock.now_s()
-            state = RequestState.start(number, request, now_s, on_delta, self.tokenizer)
-            self._arrived.append(state)
+            self._arrived.append(self._begun(number, request, on_delta))
             self._wake.notify()
         return number
 
@@ -142,8 +119,8 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers requests on this thread, in their order."""
         requests = list(requests)
-        for request in requests:
-            require_servable(request, self.spec)  # all of them, before the first is begun
+        for request in requests:  # all of them, before the first is begun
+            require_servable(request, self.spec, self._room_tokens)
         answers: list[list[Delta]] = []
         for request in requests:
             deltas: list[Delta] = []
@@ -154,7 +131,7 @@ class Engine:
 
     def drain(self) -> None:
         """Computes steps on this thread until every request has ended."""
-        while self._requests or self._arrived:
+        while self.book or self._arrived:
             self.step()
 
     @property
@@ -166,6 +143,7 @@ class Engine:
 
     def serve(self) -> None:
         """Runs until `stop`; a failure ends every open request with an error, then is raised."""
+        self._outlet.start()
         try:
             while self._wait():
                 self.step()
@@ -176,70 +154,88 @@ class Engine:
         finally:
             self._admit()
             self._end_all("error" if self._failure else "abort")
+            self._outlet.close()
 
     def step(self) -> None:
         """Admits what has come, and computes one step of what the policy chooses."""
         self._admit()
-        view = [_view(state) for state in self._requests.values()]
-        plan = self._policy(view, self._budget, self._clock.now_s())
+        plan = self._policy(self.book.view(), self._budget, self._clock.now_s())
+        for request_id in plan.preempted:
+            self._executor.release(request_id)
+            self.book.preempt(request_id)
         if plan.shares:
-            result = self._executor.run(self._work(plan))
-            self._emit(plan, result)
+            work = [self.book.work(share) for share in plan.shares]
+            try:
+                result = self._executor.run(work)
+            except ExecutorLostError as error:
+                self._begin_anew(error)
+            else:
+                self._emit(plan, result)
 
     def _wait(self) -> bool:
         """Sleeps until there is work; False once stopped."""
         with self._wake:
-            self._wake.wait_for(lambda: self._is_stopped or self._requests or self._arrived)
+            self._wake.wait_for(lambda: self._is_stopped or self.book or self._arrived)
             return not self._is_stopped
 
     def _admit(self) -> None:
+        """Takes in what has come, and ends what is no longer wanted or has no time left."""
         with self._wake:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
-        self._requests |= {state.id: state for state in arrived}
-        for request_id in cancelled & self._requests.keys():
-            self._end(request_id, Delta("", (), "abort"))
-
-    def _work(self, plan: StepPlan) -> list[Work]:
-        step: list[Work] = []
-        for share in plan.shares:
-            state = self._requests[share.request_id]
-            start, end = state.num_computed, state.num_computed + share.num_tokens
-            is_last = end == len(state.tokens)
-            sampling = state.request.sampling if is_last else None
-            step.append(Work(state.id, tuple(state.tokens[start:end]), start, sampling))
-        return step
+        self.book.add(arrived)
+        now_s = self._clock.now_s()
+        late = [state.id for state in self.book.open() if state.deadline_s <= now_s]
+        self._end([number for number in cancelled if self.book.get(number)], "abort")
+        self._end([number for number in late if self.book.get(number)], "timeout")
 
     def _emit(self, plan: StepPlan, result: StepResult) -> None:
+        """Takes up what a step gave."""
+        events: list[Event] = []
         for share in plan.shares:
-            state = self._requests[share.request_id]
-            state.num_computed += share.num_tokens
-            if state.id in result.sampled:
-                delta = state.add_token(result.sampled[state.id])
-                if delta.finish_reason:
-                    self._end(state.id, delta)
-                else:
-                    self._hand_over(state, delta)
+            state = self.book.computed(share)
+            if state.id in result.failed:
+                events.append(Event(state, None, "error", result.failed[state.id]))
+            elif state.id in result.sampled:
+                sampled = result.sampled[state.id]
+                events.append(Event(state, sampled, state.add(sampled)))
+        for event in events:
+            if event.reason is not None:
+                self._forget(event.state.id)
+        self._outlet.put(events)
 
-    def _end(self, request_id: int, delta: Delta) -> None:
+    def _end(self, request_ids: Sequence[int], reason: FinishReason, error: str = "") -> None:
+        ended = [self._forget(request_id) for request_id in request_ids]
+        self._outlet.put([Event(state, None, reason, error) for state in ended])
+
+    def _forget(self, request_id: int) -> RequestState:
         self._executor.release(request_id)
-        self._hand_over(self._requests.pop(request_id), delta)
+        return self.book.end(request_id)
 
-    def _hand_over(self, state: RequestState, delta: Delta) -> None:
-        """Gives a part to whoever asked; a receiver that fails harms nobody else's request."""
-        try:
-            state.on_delta(delta)
-        except Exception:
-            _log.exception("the receiver of request %d failed; it is cancelled", state.id)
-            self.cancel(state.id)
+    def _end_all(self, reason: FinishReason, error: str = "") -> None:
+        self._end([state.id for state in self.book.open()], reason, error)
 
-    def _end_all(self, reason: FinishReason) -> None:
-        for request_id in list(self._requests):
-            self._end(request_id, Delta("", (), reason))
+    def _begin_anew(self, error: ExecutorLostError) -> None:
+        """What computes is gone: those who wait for it are told, and it is started again."""
+        _log.error("%s; it is started again", error)
+        self._end_all("error", str(error))
+        self.book.forget_blocks()
+        self._executor.restart()
 
-
-def _view(state: RequestState) -> RequestView:
-    return RequestView(state.id, state.arrival_s, state.num_computed, len(state.tokens))
+    def _begun(
+        self, number: int, request: Request, on_delta: Callable[[Delta], None]
+    ) -> RequestState:
+        own = () if request.ignore_eos else self.tokenizer.eos_ids
+        end_ids = frozenset((*own, *request.stop_ids))
+        return RequestState(
+            id=number,
+            request=request,
+            arrival_s=self._clock.now_s(),
+            text=AnswerText(self.tokenizer, request.stop, on_delta, end_ids),
+            end_ids=end_ids,
+            root=root(request.tenant, request.adapter),
+            tokens=list(request.prompt_ids),
+        )
 
 
 def join(deltas: Sequence[Delta]) -> Answer:

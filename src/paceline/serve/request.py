@@ -7,17 +7,19 @@ next token can be sampled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from paceline.core.errors import RequestError
-from paceline.decode.sampler import SamplingParams
+from paceline.decode.sampler import Draw, Sampled, SamplingParams
 from paceline.decode.stop import StopScanner
 from paceline.models.tokenizer import IncrementalDecoder, Tokenizer
 from paceline.plan.model_spec import ModelSpec
+from paceline.serve.kv.pool import Key
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +31,22 @@ class Request:
         sampling: how the answer's tokens are chosen.
         max_tokens: the answer's longest length.
         stop: strings that end the answer and are left out of it.
+        stop_ids: tokens that end the answer beside the model's own.
         ignore_eos: whether tokens that end an answer are tokens like any other.
+        adapter: name of the adapter that answers; empty for none.
+        tenant: whose request it is: keys and values are shared within one tenant only.
+        timeout_s: after which it is ended, answered or not.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    adapter: str = ""
+    tenant: str = ""
+    timeout_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +56,15 @@ class Delta:
     Attributes:
         text: that can be shown.
         token_ids: sampled since the last delta.
-        finish_reason: None while the answer goes on. ``abort``: cancelled; ``error``: the engine
-            failed.
+        finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
+            is up; ``error``: it cannot be answered, or the engine failed.
+        error: why, where the reason is an error.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -63,73 +75,98 @@ class RequestState:
         id: unique in the engine.
         request: what is asked.
         arrival_s: on the engine's clock.
-        on_delta: called with each part of the answer.
+        text: where its tokens become text; not the engine's thread's.
+        end_ids: tokens that end the answer.
+        root: where the names of its blocks begin.
         tokens: the prompt's and the answer's.
-        num_computed: how many of them the executor has computed.
+        keys: names of the blocks that these fill, as far as they have been needed.
+        num_computed: how many of the tokens the executor has computed.
     """
 
     id: int
     request: Request
     arrival_s: float
-    on_delta: Callable[[Delta], None]
-    decoder: IncrementalDecoder
-    scanner: StopScanner
-    eos_ids: tuple[int, ...]
-    tokens: list[int] = field(default_factory=list)
+    text: AnswerText
+    end_ids: frozenset[int]
+    root: Key
+    tokens: list[int]
+    keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
-
-    @classmethod
-    def start(
-        cls,
-        number: int,
-        request: Request,
-        arrival_s: float,
-        on_delta: Callable[[Delta], None],
-        tokenizer: Tokenizer,
-    ) -> RequestState:
-        return cls(
-            id=number,
-            request=request,
-            arrival_s=arrival_s,
-            on_delta=on_delta,
-            decoder=IncrementalDecoder(tokenizer),
-            scanner=StopScanner(request.stop),
-            eos_ids=() if request.ignore_eos else tokenizer.eos_ids,
-            tokens=list(request.prompt_ids),
-        )
 
     @property
     def num_generated(self) -> int:
+        """Tokens of the answer."""
         return len(self.tokens) - len(self.request.prompt_ids)
 
-    def add_token(self, token: int) -> Delta:
-        """Takes up a sampled token: the part of the answer that it completes."""
-        self.tokens.append(token)
-        if token in self.eos_ids:
-            return Delta(self._rest(), (token,), "stop")
-        text, is_stopped = self.scanner.push(self.decoder.push(token))
-        if is_stopped:
-            return Delta(text, (token,), "stop")
-        if self.num_generated >= self.request.max_tokens:
-            return self._last_delta(text, token)
-        return Delta(text, (token,), None)
+    @property
+    def max_total(self) -> int:
+        """Tokens that it may come to consist of."""
+        return len(self.request.prompt_ids) + self.request.max_tokens
 
-    def _last_delta(self, text: str, token: int) -> Delta:
-        """The answer is full; what was held back may still hold a stop string."""
-        rest, is_stopped = self.scanner.push(self.decoder.finish())
-        if is_stopped:
-            return Delta(text + rest, (token,), "stop")
-        return Delta(text + rest + self.scanner.finish(), (token,), "length")
+    @property
+    def deadline_s(self) -> float:
+        """When its time is up, on the engine's clock."""
+        return self.arrival_s + self.request.timeout_s
 
-    def _rest(self) -> str:
-        text, is_stopped = self.scanner.push(self.decoder.finish())
-        return text if is_stopped else text + self.scanner.finish()
+    def draw(self) -> Draw:
+        """How its next token is chosen."""
+        return Draw(self.request.sampling, len(self.tokens))
+
+    def add(self, sampled: Sampled) -> FinishReason | None:
+        """Takes up a sampled token; what it ends the answer for, as far as tokens tell."""
+        self.tokens.append(sampled.token)
+        if sampled.token in self.end_ids:
+            return "stop"
+        return "length" if self.num_generated >= self.request.max_tokens else None
 
 
-def require_servable(request: Request, spec: ModelSpec) -> None:
-    """Raises RequestError for what the model cannot answer.
+class AnswerText:
+    """What an answer's tokens say, and the stop strings in it.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the answer and are left out of it.
+        on_delta: called with each part of the answer.
+        end_ids: tokens that end the answer and say nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        on_delta: Callable[[Delta], None],
+        end_ids: frozenset[int],
+    ) -> None:
+        self.on_delta = on_delta
+        self._decoder, self._scanner = IncrementalDecoder(tokenizer), StopScanner(stop)
+        self._end_ids = end_ids
+
+    def push(self, sampled: Sampled, reason: FinishReason | None) -> Delta:
+        """The part of the answer that a token completes.
+
+        Args:
+            sampled: the token.
+            reason: that it ends the answer for, as far as tokens tell.
+        """
+        text, is_stopped = "", False
+        if sampled.token not in self._end_ids:
+            text, is_stopped = self._scanner.push(self._decoder.push(sampled.token))
+        if reason is not None and not is_stopped:
+            # What was held back may still hold a stop string.
+            rest, is_stopped = self._scanner.push(self._decoder.finish())
+            text += rest if is_stopped else rest + self._scanner.finish()
+        return Delta(text, (sampled.token,), "stop" if is_stopped else reason)
+
+
+def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> None:
+    """Raises RequestError for what cannot be answered.
 
     The checks are those that keep one request from harming others: sizes and token ids.
+
+    Args:
+        request: that is asked.
+        spec: of the model.
+        room_tokens: that all blocks of keys and values hold together.
     """
     length = len(request.prompt_ids)
     if length == 0:
@@ -150,6 +187,15 @@ def require_servable(request: Request, spec: ModelSpec) -> None:
             f"of {spec.max_positions}",
             param="max_tokens",
             hint=f"max_tokens of at most {spec.max_positions - length}",
+        )
+    if length + request.max_tokens > room_tokens:
+        raise RequestError(
+            f"{length} tokens of prompt and {request.max_tokens} of answer exceed the "
+            f"{room_tokens} that this server has memory for",
+            param="max_tokens",
+            hint=f"max_tokens of at most {room_tokens - length}"
+            if room_tokens > length
+            else "a shorter prompt, or a server with more serve.kv_memory_bytes",
         )
     _require_tokens(request.prompt_ids, spec)
     if any(not stop for stop in request.stop):

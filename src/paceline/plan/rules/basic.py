@@ -15,9 +15,7 @@ from paceline.plan.rules.known import Known, value_at
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "serve.kv_memory_bytes": (None,),
     "serve.weights": ("auto",),
-    "serve.max_sequences": (1,),
     "serve.draft": ("none",),
     "serve.mesh.tp": (1,),
     "serve.mesh.pp": (1,),

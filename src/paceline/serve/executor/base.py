@@ -1,29 +1,40 @@
-"""The contract of executors, shared by the engine and the simulator."""
+"""The contract between the engine and what computes; shared with the simulator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from paceline.decode.sampler import SamplingParams
+from paceline.core.errors import PacelineError
+from paceline.decode.sampler import Draw, Sampled
+
+
+class ExecutorLostError(PacelineError):
+    """What computes is gone, and with it all keys and values; `Executor.restart` may mend it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's part of a step.
+    """A request's part of a step.
 
     Attributes:
         request_id: of the request.
-        tokens: the next tokens to compute.
-        start: position of the first of them.
-        sampling: how to sample the token that follows, or None if more of the prompt is to come.
+        tokens: whose keys and values are to be computed.
+        start: position of the first of them; 0 begins a table anew unless blocks were found.
+        new_blocks: put at the end of the request's table before the tokens are computed.
+        draw: how the token after them is chosen; None where more of them exist.
+        adapter: name of the adapter that it is computed with; empty for none.
+        wants_logprobs: whether the log-probability of each token after the first is wanted.
     """
 
     request_id: int
     tokens: tuple[int, ...]
     start: int
-    sampling: SamplingParams | None
+    new_blocks: tuple[int, ...]
+    draw: Draw | None
+    adapter: str = ""
+    wants_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +43,43 @@ class StepResult:
 
     Attributes:
         sampled: request id to its next token, for the work that asked for one.
+        failed: request id to why it cannot be answered; the others are not harmed.
+        prompt_logprobs: request id to the log-probability of each of the step's tokens but the
+            first one's of a sequence, for the work that wants them.
     """
 
-    sampled: dict[int, int]
+    sampled: dict[int, Sampled]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    """Computes steps; the engine's thread is its only caller."""
+    """Computes steps; the engine's thread is its only caller.
+
+    Attributes:
+        num_blocks: blocks of keys and values that it has.
+        block_size: tokens to a block.
+    """
+
+    num_blocks: int
+    block_size: int
 
     def run(self, step: Sequence[Work]) -> StepResult:
-        """Computes the tokens and keeps their keys and values."""
+        """Computes the tokens and keeps their keys and values.
+
+        Raises:
+            ExecutorLostError: nothing can be computed until it is restarted.
+        """
         ...
 
     def release(self, request_id: int) -> None:
-        """Forgets a request, known or not."""
+        """Forgets a request's table, known or not; its blocks may be given to others."""
+        ...
+
+    def restart(self) -> None:
+        """Begins anew with empty blocks, after an `ExecutorLostError`."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it has started."""
         ...

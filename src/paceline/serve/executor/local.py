@@ -1,4 +1,4 @@
-"""The executor of one process: a whole model, one request after the other."""
+"""The executor of one process: a whole model, the step's tokens in one pass."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.decode.cache import ContiguousCache
-from paceline.decode.sampler import sample
-from paceline.decode.step import extend, num_own_tokens
+from paceline.decode.paged import Next, PagedStore, extend_all
+from paceline.decode.sampler import Sampled, sample_rows
 from paceline.models.decoder import Decoder
 from paceline.serve.executor.base import StepResult, Work
 
@@ -18,30 +17,53 @@ class LocalExecutor:
 
     Args:
         model: with its weights.
+        num_blocks: blocks for keys and values.
+        block_size: tokens to a block.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
         self._model = model.eval()
+        self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
-        self._dtype, self._device = weight.dtype, weight.device
-        self._caches: dict[int, ContiguousCache] = {}
+        self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
+        self._tables: dict[int, list[int]] = {}
 
     def run(self, step: Sequence[Work]) -> StepResult:
-        sampled = {work.request_id: self._compute(work) for work in step}
-        return StepResult({key: token for key, token in sampled.items() if token is not None})
+        sampled: dict[int, Sampled] = {}
+        for works in self._passes(step):
+            sampled |= self._compute(works)
+        return StepResult(sampled)
 
     def release(self, request_id: int) -> None:
-        self._caches.pop(request_id, None)
+        self._tables.pop(request_id, None)
+
+    def restart(self) -> None:
+        self._tables.clear()
+
+    def close(self) -> None:
+        pass
+
+    def _passes(self, step: Sequence[Work]) -> list[list[Work]]:
+        """What is computed together; a prelude stands before one sequence alone."""
+        if self._model.num_virtual_tokens == 0:
+            return [list(step)] if step else []
+        begun = [work for work in step if work.start > 0]
+        return [*([begun] if begun else []), *([work] for work in step if work.start == 0)]
 
     @torch.inference_mode()
-    def _compute(self, work: Work) -> int | None:
-        cache = self._caches.get(work.request_id)
-        if cache is None:
-            cache = ContiguousCache(self._model.spec, self._dtype, self._device)
-            self._caches[work.request_id] = cache
-        num_before = num_own_tokens(self._model, cache)
-        assert num_before == work.start, "the cache and the request disagree"
-        logits_11V = extend(self._model, torch.tensor([work.tokens], device=self._device), cache)
-        if work.sampling is None:
-            return None
-        return sample(logits_11V[0, 0], work.sampling, work.start + len(work.tokens))
+    def _compute(self, works: Sequence[Work]) -> dict[int, Sampled]:
+        sequences = [self._next(work) for work in works]
+        ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
+        drawn = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.draw]
+        logits_RV = extend_all(self._model, sequences, self._store, [place for _, place in drawn])
+        found = sample_rows(logits_RV, [work.draw for work, _ in drawn if work.draw])
+        return {work.request_id: one for (work, _), one in zip(drawn, found, strict=True)}
+
+    def _next(self, work: Work) -> Next:
+        table = self._tables.setdefault(work.request_id, [])
+        table.extend(work.new_blocks)
+        num_virtual = self._model.num_virtual_tokens
+        num_before = num_virtual + work.start if work.start else 0
+        num_tokens = num_virtual + work.start + len(work.tokens)
+        assert len(table) * self.block_size >= num_tokens, "the table and the request disagree"
+        return Next(work.tokens, num_before, torch.tensor(table, dtype=torch.int32))

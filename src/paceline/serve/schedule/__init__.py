@@ -2,5 +2,11 @@
 
 from paceline.core.registry import NameTable
 
-POLICIES = NameTable("serving policy", {"serial": "paceline.serve.schedule.serial:serial"})
+POLICIES = NameTable(
+    "serving policy",
+    {
+        "stall-free": "paceline.serve.schedule.stall_free:stall_free",
+        "serial": "paceline.serve.schedule.serial:serial",
+    },
+)
 """Name to a `paceline.serve.schedule.base.Policy`."""

@@ -1,4 +1,8 @@
-"""The contract of serving policies, shared by the engine and the simulator."""
+"""The contract of serving policies, shared by the engine and the simulator.
+
+One rule covers prompts, chunks, cached prefixes and answers: a request has `num_computed` tokens
+whose keys and values exist, chasing the `num_total` that it consists of.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,54 @@ class RequestView:
     Attributes:
         id: of the request.
         arrival_s: when it came.
-        num_computed: tokens whose keys and values exist.
+        num_prompt: tokens of its prompt.
+        num_computed: tokens whose keys and values exist; of a waiting request those that it finds
+            in the cache.
         num_total: tokens that it consists of; always more than are computed.
+        max_total: tokens that it may come to consist of.
+        num_blocks: blocks that it holds; of a waiting request those that it finds in the cache.
+        num_freed: blocks that would be free if it were preempted; of a waiting request, those of
+            the cached ones that count as free until it holds them.
     """
 
     id: int
     arrival_s: float
+    num_prompt: int
     num_computed: int
     num_total: int
+    max_total: int
+    num_blocks: int = 0
+    num_freed: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that exist and are not computed."""
+        return self.num_total - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all of the prompt is computed, so that one token at a time is left."""
+        return self.num_computed >= self.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy sees.
+
+    Attributes:
+        running: requests that hold blocks, in the order in which they were admitted.
+        waiting: requests that hold none, in the order in which they came, preempted ones first. It
+            may be made as it is read: a policy reads no more than it admits, and one.
+        num_free: blocks that can be taken, those of the cache that nobody holds among them.
+        block_size: tokens to a block.
+        num_virtual: tokens before every request's own that take room in its blocks.
+    """
+
+    running: Sequence[RequestView]
+    waiting: Sequence[RequestView]
+    num_free: int
+    block_size: int
+    num_virtual: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +74,7 @@ class Budget:
 
     Attributes:
         max_batch_tokens: tokens computed, over all requests.
-        max_sequences: requests that may hold a cache at a time.
+        max_sequences: requests that may hold blocks at a time.
     """
 
     max_batch_tokens: int
@@ -47,22 +91,29 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes."""
+    """What one step computes.
+
+    Attributes:
+        shares: of a waiting request a share means that it is admitted.
+        preempted: running requests whose blocks are taken away first; they wait anew, and what
+            they had is computed again unless it is still in the cache.
+    """
 
     shares: tuple[Share, ...]
+    preempted: tuple[int, ...] = ()
 
 
 class Policy(Protocol):
     """Decides one step. Pure: no clock, no randomness, nothing kept between calls.
 
     Args:
-        view: the requests that have not ended, in order of arrival.
+        view: the requests that have not ended.
         budget: what the step may hold.
         now_s: the time.
 
     Returns:
-        Shares of at least one token, none beyond a request's total, within the budget. Not empty
-        while there are requests.
+        Shares of at least one token, none beyond a request's total, within the budget and the free
+        blocks. Not empty while there are requests, if the blocks hold each of them alone.
     """
 
-    def __call__(self, view: Sequence[RequestView], budget: Budget, now_s: float) -> StepPlan: ...
+    def __call__(self, view: View, budget: Budget, now_s: float) -> StepPlan: ...

@@ -1,0 +1,133 @@
+"""Keys and values of many sequences in blocks, and a pass over the next tokens of some of them.
+
+Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
+    PagedAttention, arXiv:2309.06180, Sec. 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paceline.kernels.attend_paged import Rows, attend_paged
+from paceline.models.attention import AttentionSite
+from paceline.models.decoder import Decoder
+from paceline.models.layout import Layout
+from paceline.models.vocabulary import Output, logits
+from paceline.plan.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The next tokens of a sequence.
+
+    Attributes:
+        tokens: to be computed.
+        num_before: tokens before them whose keys and values are in the blocks.
+        table: the sequence's blocks, (M,) int32, with room for these tokens.
+    """
+
+    tokens: Sequence[int]
+    num_before: int
+    table: Tensor
+
+
+class PagedStore:
+    """Blocks for the keys and values of every layer.
+
+    Args:
+        spec: sizes of the model.
+        num_blocks: of the store.
+        block_size: tokens to a block.
+        dtype: of keys and values.
+        device: where they are kept.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        self.blocks_L2MKSH = torch.empty(shape, dtype=dtype, device=device)
+
+
+class PagedPass:
+    """The core of attention of one pass over the next tokens of some sequences.
+
+    Args:
+        store: of keys and values.
+        rows: the pass's sequences.
+    """
+
+    def __init__(self, store: PagedStore, rows: Rows) -> None:
+        self._store, self._rows = store, rows
+        self._places = rows.places_T(store.block_size, store.device)
+
+    def attend(
+        self,
+        q_BTNH: Tensor,
+        k_BTKH: Tensor,
+        v_BTKH: Tensor,
+        *,
+        layout: Layout,  # noqa: ARG002 (part of the seam)
+        site: AttentionSite,
+    ) -> Tensor:
+        """Keeps the keys and values of all tokens and attends; B is 1."""
+        k_MKSH, v_MKSH = self._store.blocks_L2MKSH[site.layer]
+        block_T, slot_T = self._places
+        k_MKSH[block_T, :, slot_T] = k_BTKH[0]
+        v_MKSH[block_T, :, slot_T] = v_BTKH[0]
+        out_TNH = attend_paged(
+            q_BTNH[0], k_MKSH, v_MKSH, self._rows, window=site.window, scale=site.scale
+        )
+        return out_TNH[None]
+
+
+def extend_all(
+    model: Decoder, sequences: Sequence[Next], store: PagedStore, wanted: Sequence[int]
+) -> Tensor:
+    """Computes the next tokens of several sequences in one pass, and keeps their keys and values.
+
+    Virtual tokens of a prelude come first where a sequence begins, and count as its tokens: such a
+    sequence is computed in a pass of its own.
+
+    Args:
+        model: with its weights.
+        sequences: what to compute.
+        store: of keys and values.
+        wanted: tokens whose logits are wanted, by their place among all of the pass, in order.
+
+    Returns:
+        logits_RV, one row for each that is wanted.
+    """
+    begins = model.num_virtual_tokens > 0 and any(s.num_before == 0 for s in sequences)
+    assert not begins or len(sequences) == 1, "a prelude stands before one sequence"
+    num_virtual = model.num_virtual_tokens if begins else 0
+    starts = [0]
+    for sequence in sequences:
+        starts.append(starts[-1] + num_virtual + len(sequence.tokens))
+    rows = Rows(starts, [s.num_before for s in sequences], [s.table for s in sequences])
+    device = store.device
+    tokens_1T = torch.tensor([[t for s in sequences for t in s.tokens]], device=device)
+    positions = [range(s.num_before, s.num_before + len(s.tokens)) for s in sequences]
+    positions_1T = torch.tensor([[p for of_one in positions for p in of_one]], device=device)
+
+    def head(x_1TD: Tensor, output: Output) -> Tensor:
+        return logits(x_1TD[:, torch.tensor(wanted, device=device, dtype=torch.long)], output)
+
+    logits_1RV = model(
+        tokens_1T,
+        Layout(positions_1T),
+        attend=PagedPass(store, rows).attend,
+        is_begun=not begins,
+        head=head,
+    )
+    return logits_1RV[0]

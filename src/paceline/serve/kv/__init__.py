@@ -1,0 +1,1 @@
+"""Blocks of keys and values: who holds which, and what of them may be used again."""
