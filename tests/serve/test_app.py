@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.models.chat import render_chat
-from paceline.serve.api.app import MAX_BODY_BYTES, create_app
+from paceline.serve.api.app import create_app
+from paceline.serve.api.guard import MAX_BODY_BYTES
 from paceline.serve.api.keys import ApiKeys
 from paceline.serve.api.server import listen
 

@@ -40,7 +40,7 @@ def with_ids(*ids, max_tokens=1):
 )
 def test_what_is_refused(request_, param, message, hint):
     with pytest.raises(RequestError) as caught:
-        require_servable(request_, SPEC)
+        require_servable(request_, SPEC, 10_000)
     assert caught.value.message == message
     assert caught.value.param == param
     assert hint in caught.value.hint
@@ -49,6 +49,16 @@ def test_what_is_refused(request_, param, message, hint):
 
 
 def test_what_just_fits():
-    require_servable(ask("x" * 511, max_tokens=1), SPEC)
-    require_servable(ask("x", max_tokens=511), SPEC)
-    require_servable(with_ids(0, 258), SPEC)
+    require_servable(ask("x" * 511, max_tokens=1), SPEC, 10_000)
+    require_servable(ask("x", max_tokens=511), SPEC, 10_000)
+    require_servable(with_ids(0, 258), SPEC, 10_000)
+
+
+def test_what_all_blocks_cannot_hold_is_refused():
+    require_servable(ask("x" * 90, max_tokens=10), SPEC, 100)
+    with pytest.raises(RequestError, match="exceed the 100 that this server has memory for") as e:
+        require_servable(ask("x" * 90, max_tokens=11), SPEC, 100)
+    assert e.value.hint == "max_tokens of at most 10"
+    with pytest.raises(RequestError) as e:
+        require_servable(ask("x" * 100, max_tokens=1), SPEC, 100)
+    assert "serve.kv_memory_bytes" in e.value.hint

@@ -56,9 +56,14 @@ class Sampled:
 
     Attributes:
         token: its id.
+        logprob: its log-probability under the model, before temperature and all else; None unless
+            asked for.
+        top: the most likely tokens and theirs, as many as were asked for, the likeliest first.
     """
 
     token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def sample_rows(logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:

@@ -56,6 +56,7 @@ class Delta:
     Attributes:
         text: that can be shown.
         token_ids: sampled since the last delta.
+        sampled: the same with their log-probabilities, where these are asked for.
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
@@ -65,6 +66,7 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     error: str = ""
+    sampled: tuple[Sampled, ...] = ()
 
 
 @dataclass(slots=True)
@@ -155,7 +157,8 @@ class AnswerText:
             # What was held back may still hold a stop string.
             rest, is_stopped = self._scanner.push(self._decoder.finish())
             text += rest if is_stopped else rest + self._scanner.finish()
-        return Delta(text, (sampled.token,), "stop" if is_stopped else reason)
+        told = () if sampled.logprob is None else (sampled,)
+        return Delta(text, (sampled.token,), "stop" if is_stopped else reason, sampled=told)
 
 
 def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> None:

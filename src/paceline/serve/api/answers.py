@@ -7,16 +7,12 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from paceline.core.errors import RequestError
+from paceline.serve.api.errors import EngineFailedError
 from paceline.serve.api.shapes import Envelope, usage
 from paceline.serve.engine import Engine
 from paceline.serve.request import Delta, FinishReason, Request
 
 _DISCONNECT_POLL_S = 0.5
-
-
-class EngineFailedError(Exception):
-    """The engine ended an answer before it was done."""
 
 
 class AnswerStream:
@@ -125,14 +121,3 @@ async def event_stream(
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
-
-
-def error_body(message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API shapes it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-
-def request_error_body(error: RequestError) -> dict[str, Any]:
-    """What a client is told of its mistake."""
-    text = f"{error.message} ({error.hint})" if error.hint else error.message
-    return error_body(text, kind="invalid_request_error", param=error.param)

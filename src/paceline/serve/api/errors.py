@@ -1,0 +1,78 @@
+"""Errors in OpenAI's shape; nothing of ours leaks into a 500."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from paceline.core.errors import PacelineError, RequestError
+
+
+class EngineFailedError(Exception):
+    """The engine ended an answer before it was done."""
+
+
+def error_body(message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's API shapes it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def request_error_body(error: RequestError) -> dict[str, Any]:
+    """What a client is told of its mistake."""
+    text = f"{error.message} ({error.hint})" if error.hint else error.message
+    return error_body(text, kind="invalid_request_error", param=error.param)
+
+
+def shape_errors(app: FastAPI) -> None:
+    """Errors as OpenAI's clients expect them; nothing of ours leaks into a 500."""
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(_: Request, error: RequestError) -> Response:
+        return JSONResponse(request_error_body(error), status_code=error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> Response:
+        found = _most_telling(error.errors())
+        where = [str(part) for part in found["loc"][1:] if not _is_type_name(part)]
+        param = None if found["type"] == "json_invalid" else ".".join(where) or None
+        message = f"{param or 'body'}: {_explain(found)}"
+        body = error_body(message, kind="invalid_request_error", param=param)
+        return JSONResponse(body, status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
+        body = error_body(str(error.detail), kind="invalid_request_error")
+        return JSONResponse(body, status_code=error.status_code)
+
+    @app.exception_handler(PacelineError)
+    @app.exception_handler(EngineFailedError)
+    async def on_engine_failure(_: Request, error: Exception) -> Response:  # noqa: ARG001
+        body = error_body("the engine stopped before the answer was done", kind="server_error")
+        return JSONResponse(body, status_code=503)
+
+
+def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the errors in the first field at fault, the one deepest inside it.
+
+    A value that may be of two types has an error for each, one of them only that it is not the
+    other.
+    """
+    field = errors[0]["loc"][1:2]
+    there = [error for error in errors if error["loc"][1:2] == field]
+    return max(there, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+
+
+def _explain(error: dict[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "this field is not built in this version"
+    return str(error["msg"])
+
+
+def _is_type_name(part: str | int) -> bool:
+    """Whether a part of a location is pydantic's name of a union's member, not a field's."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
