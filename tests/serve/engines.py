@@ -18,7 +18,7 @@ from paceline.models.families.llama import PRESETS
 from paceline.models.tokenizer import byte_tokenizer
 from paceline.models.weights import RandomWeights, build, fill
 from paceline.serve.engine import Engine
-from paceline.serve.executor.base import Executor, StepResult, Work
+from paceline.serve.executor.base import Executor, OneAtATime, StepResult, Work
 from paceline.serve.executor.local import LocalExecutor
 from paceline.serve.load import BLOCK_SIZE
 from paceline.serve.request import Delta, Request
@@ -53,7 +53,7 @@ def real_engine(
     return Engine(executor, policy, budget, _model().spec, TOKENIZER)
 
 
-class Scripted:
+class Scripted(OneAtATime):
     """Says `text`, then "a" for ever.
 
     Args:
@@ -65,6 +65,7 @@ class Scripted:
     num_blocks, block_size = 10_000, 16
 
     def __init__(self, text: str = "", *, step_s: float = 0.0, fail_at: int = 0) -> None:
+        super().__init__()
         self.ids = TOKENIZER.encode(text)
         self.steps: list[list[Work]] = []
         self.released: list[int] = []

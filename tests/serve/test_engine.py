@@ -367,10 +367,10 @@ def test_a_refused_request_harms_nobody(alone):
 
 def test_a_plan_that_cannot_be_served():
     with pytest.raises(ConfigError) as caught:
-        load_engine(MODEL, Plan().with_overrides(["serve.mesh.tp=2", 'serve.policy="seriall"']))
+        load_engine(MODEL, Plan().with_overrides(["serve.mesh.ep=2", 'serve.policy="seriall"']))
     paths = {problem.path: problem.hint for problem in caught.value.problems}
     assert paths["serve.policy"] == "did you mean serial?"
-    assert "serve.mesh.tp" in paths
+    assert "serve.mesh.ep" in paths
 
 
 def test_a_device_that_is_none():

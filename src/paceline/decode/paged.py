@@ -16,7 +16,7 @@ from paceline.kernels.attend_paged import Rows, attend_paged
 from paceline.models.attention import AttentionSite
 from paceline.models.decoder import Decoder
 from paceline.models.layout import Layout
-from paceline.models.vocabulary import Output, logits
+from paceline.models.vocabulary import Head, Output, logits
 from paceline.plan.model_spec import ModelSpec
 
 
@@ -33,6 +33,21 @@ class Next:
     tokens: Sequence[int]
     num_before: int
     table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The tokens of one pass.
+
+    Attributes:
+        tokens_1T: of all sequences, one after the other.
+        layout: their positions.
+        rows: which of them belong to which sequence.
+    """
+
+    tokens_1T: Tensor
+    layout: Layout
+    rows: Rows
 
 
 class PagedStore:
@@ -110,24 +125,40 @@ def extend_all(
     """
     begins = model.num_virtual_tokens > 0 and any(s.num_before == 0 for s in sequences)
     assert not begins or len(sequences) == 1, "a prelude stands before one sequence"
-    num_virtual = model.num_virtual_tokens if begins else 0
+    packed = pack(sequences, store.device, model.num_virtual_tokens if begins else 0)
+    logits_1RV = model(
+        packed.tokens_1T,
+        packed.layout,
+        attend=PagedPass(store, packed.rows).attend,
+        is_begun=not begins,
+        head=logits_of(wanted),
+    )
+    return logits_1RV[0]
+
+
+def pack(sequences: Sequence[Next], device: torch.device, num_virtual: int = 0) -> Packed:
+    """The next tokens of several sequences as one pass takes them, end to end and without padding.
+
+    Args:
+        sequences: what to compute.
+        device: where.
+        num_virtual: of a prelude that stands before the one sequence that there is.
+    """
     starts = [0]
     for sequence in sequences:
         starts.append(starts[-1] + num_virtual + len(sequence.tokens))
     rows = Rows(starts, [s.num_before for s in sequences], [s.table for s in sequences])
-    device = store.device
     tokens_1T = torch.tensor([[t for s in sequences for t in s.tokens]], device=device)
     positions = [range(s.num_before, s.num_before + len(s.tokens)) for s in sequences]
     positions_1T = torch.tensor([[p for of_one in positions for p in of_one]], device=device)
+    return Packed(tokens_1T, Layout(positions_1T), rows)
+
+
+def logits_of(wanted: Sequence[int]) -> Head:
+    """The head of the tokens whose logits are wanted, by their place among all of the pass."""
 
     def head(x_1TD: Tensor, output: Output) -> Tensor:
-        return logits(x_1TD[:, torch.tensor(wanted, device=device, dtype=torch.long)], output)
+        places = torch.tensor(wanted, device=x_1TD.device, dtype=torch.long)
+        return logits(x_1TD[:, places], output)
 
-    logits_1RV = model(
-        tokens_1T,
-        Layout(positions_1T),
-        attend=PagedPass(store, rows).attend,
-        is_begun=not begins,
-        head=head,
-    )
-    return logits_1RV[0]
+    return head

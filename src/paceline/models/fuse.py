@@ -26,6 +26,8 @@ def fuse(model: Decoder) -> None:
     for module in model.modules():
         if isinstance(module, Attention) and _are_plain(*module.inputs):
             module.qkv = _joined(module.inputs)
+            query, key, value = module.inputs
+            module.widths = (len(query.weight), len(key.weight), len(value.weight))
             del module.query, module.key, module.value
         elif isinstance(module, FeedForward) and module.is_gated and _are_plain(*module.inputs):
             module.gate_up = _joined(module.inputs)

@@ -5,7 +5,6 @@ peft -> freeze -> pp -> tp -> ep -> cp -> remat -> compile -> data -> memory and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -28,6 +27,7 @@ from paceline.parallel.data import STAGES
 from paceline.parallel.data.base import DataParallel
 from paceline.parallel.expert.experts import SHARING, SplitExperts, split_experts
 from paceline.parallel.expert.load import ExpertLoad, watch_experts
+from paceline.parallel.part_weights import PartWeights
 from paceline.parallel.pipeline import SCHEDULES
 from paceline.parallel.pipeline.base import Schedule
 from paceline.parallel.pipeline.partition import word_costs
@@ -147,7 +147,7 @@ def apply(
             block.compile()
     data = stage(world, plan.precision, frozenset() if experts is None else experts.names)
     data.wrap(model)
-    fill(model, _PartWeights(attached.weights, places), world.device, put=data.put)
+    fill(model, PartWeights(attached.weights, places), world.device, put=data.put)
     passes = Passes(
         cut,
         stage_models(model, cut),
@@ -197,22 +197,6 @@ def _share_out(model: Decoder, plan: Plan, world: World) -> SplitExperts | None:
         return None
     reduce_dtype = choose_dtype(plan.precision.reduce, world.device)
     return split_experts(model, world, dispatch=plan.expert.dispatch, reduce_dtype=reduce_dtype)
-
-
-class _PartWeights:
-    """Of each parameter what a rank has.
-
-    Args:
-        whole: the weights.
-        places: where this rank's parts lie in them.
-    """
-
-    def __init__(self, whole: Weights, places: Mapping[str, Place]) -> None:
-        self._whole = whole
-        self._places = places
-
-    def read(self, name: str) -> Tensor:
-        return self._whole.read(name)[self._places[name].box.slices]
 
 
 def recompute(model: Decoder, remat: Remat) -> None:

@@ -40,6 +40,11 @@ from paceline.plan.rules.pipeline import (
 )
 from paceline.plan.rules.restart import restarts_are_counted, shrink_plans_are_read
 from paceline.plan.rules.resume import fixed_keys_stay
+from paceline.plan.rules.serving import (
+    proved_over_ranks,
+    serving_stages_have_layers,
+    serving_tensor_fits,
+)
 from paceline.plan.rules.sharding import (
     ladder_fits,
     sharder_fits,
@@ -173,6 +178,15 @@ RULES: dict[Rule, tuple[str, ...]] = {
     split_backward: ("pipeline.schedule", *_ZERO),
     restarts_are_counted: ("resilience.on_failure", "resilience.max_restarts"),
     shrink_plans_are_read: ("resilience.on_failure", "resilience.shrink_plans"),
+    serving_tensor_fits: ("serve.mesh.tp",),
+    serving_stages_have_layers: ("serve.mesh.pp",),
+    proved_over_ranks: (
+        "serve.mesh.tp",
+        "serve.mesh.pp",
+        "serve.batch_invariant",
+        "serve.weights",
+        "serve.draft",
+    ),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
 WARNINGS: tuple[Rule, ...] = (token_ring_pays,)

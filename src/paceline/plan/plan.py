@@ -267,12 +267,23 @@ class ResilienceConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeMeshConfig(Config):
-    """The layout of a serving engine."""
+    """The layout of a serving engine.
+
+    Attributes:
+        tp: ranks that share each matrix.
+        pp: stages, which work at different steps at a time.
+        ep: ranks that share the experts.
+        replicas: of all that.
+    """
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
     replicas: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,8 +294,9 @@ class ServeConfig(Config):
         policy: which request gets how many tokens of a step.
         max_batch_tokens: tokens computed in one step, over all requests.
         max_sequences: sequences that may hold keys and values at a time.
-        kv_memory_bytes: memory for keys and values. Absent: 1 GiB, or what one whole context needs,
-            if that is more; never more than `max_sequences` whole contexts need.
+        kv_memory_bytes: memory for keys and values, of all ranks together. Absent: 1 GiB, or what
+            one whole context needs, if that is more; never more than `max_sequences` whole contexts
+            need.
         dtype: weights, activations and caches; ``auto`` as in `PrecisionConfig`.
         weights: ``auto`` is `dtype`.
         batch_invariant: whether logits must not depend on what else is in the batch.

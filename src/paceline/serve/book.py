@@ -60,6 +60,7 @@ class Book:
     def preempt(self, request_id: int) -> None:
         """Takes a running request's blocks away; it waits again, before all others."""
         state = self.running.pop(request_id)
+        assert not state.is_busy, f"request {request_id} is preempted, and a step has a part of it"
         self.kv.release(request_id)
         state.num_computed = 0
         self.num_preempted += 1
@@ -76,6 +77,8 @@ class Book:
             self.num_prompt_tokens += len(state.tokens)
             self.num_found_tokens += state.num_computed
         state = self.running[number]
+        assert not state.is_busy, f"request {number} has a share of two steps at a time"
+        state.is_busy = True
         start, end = state.num_computed, state.num_computed + share.num_tokens
         new = self.kv.reserve(number, end + self._num_virtual)
         return Work(
@@ -90,6 +93,7 @@ class Book:
     def computed(self, share: Share) -> RequestState:
         """A request's part of a step has been computed."""
         state = self.running[share.request_id]
+        state.is_busy = False
         state.num_computed += share.num_tokens
         if not self._num_virtual:
             extend(state.keys, state.root, state.tokens, self.kv.block_size)
@@ -123,6 +127,7 @@ class Book:
             max_total=state.max_total,
             num_blocks=self.kv.num_blocks(state.id),
             num_freed=self.kv.num_own(state.id),
+            is_busy=state.is_busy,
         )
 
     def _waiting_view(self, state: RequestState) -> RequestView | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paceline.core.clock import Clock, WallClock
 from paceline.core.errors import PacelineError
@@ -57,6 +58,9 @@ class Engine:
         tokenizer: of the model.
         clock: what time is read from.
         num_virtual: tokens before every request's own that take room in its blocks.
+
+    Attributes:
+        is_restarting: whether what computes was lost and is being started again.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class Engine:
         self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
         self._room_tokens = executor.num_blocks * executor.block_size - num_virtual
         self._executor, self._policy, self._budget = executor, policy, budget
+        self._under_way: deque[StepPlan] = deque()  # what the executor holds, the oldest first
+        self.is_restarting = False
         self._clock = clock or WallClock()
         self._outlet = Outlet(self.cancel)
         self._arrived: list[RequestState] = []
@@ -139,6 +145,10 @@ class Engine:
         """Whether requests are being taken."""
         return not (self._is_stopped or self._failure)
 
+    def close(self) -> None:
+        """Ends what computes; the last call, of the thread that has called for steps."""
+        self._executor.close()
+
     # The loop
 
     def serve(self) -> None:
@@ -155,22 +165,38 @@ class Engine:
             self._admit()
             self._end_all("error" if self._failure else "abort")
             self._outlet.close()
+            self.close()
 
     def step(self) -> None:
-        """Admits what has come, and computes one step of what the policy chooses."""
+        """Admits what has come, begins what steps the executor can take, and takes up the oldest.
+
+        An executor that holds several computes the others meanwhile.
+        """
         self._admit()
-        plan = self._policy(self.book.view(), self._budget, self._clock.now_s())
+        try:
+            while len(self._under_way) < self._executor.depth and self._begin():
+                pass
+            if self._under_way:
+                result = self._executor.collect()
+                self._emit(self._under_way.popleft(), result)
+        except ExecutorLostError as error:
+            self._begin_anew(error)
+
+    def _begin(self) -> bool:
+        """Begins a step of what the policy chooses; whether it has chosen anything."""
+        plan = self._policy(self.book.view(), self._part_of_budget(), self._clock.now_s())
         for request_id in plan.preempted:
             self._executor.release(request_id)
             self.book.preempt(request_id)
         if plan.shares:
-            work = [self.book.work(share) for share in plan.shares]
-            try:
-                result = self._executor.run(work)
-            except ExecutorLostError as error:
-                self._begin_anew(error)
-            else:
-                self._emit(plan, result)
+            self._executor.submit([self.book.work(share) for share in plan.shares])
+            self._under_way.append(plan)
+        return bool(plan.shares)
+
+    def _part_of_budget(self) -> Budget:
+        """What one of the steps under way may hold: its part of the requests, for none to idle."""
+        most = min(len(self.book), self._budget.max_sequences)
+        return replace(self._budget, max_shares=-(-most // self._executor.depth))
 
     def _wait(self) -> bool:
         """Sleeps until there is work; False once stopped."""
@@ -179,15 +205,19 @@ class Engine:
             return not self._is_stopped
 
     def _admit(self) -> None:
-        """Takes in what has come, and ends what is no longer wanted or has no time left."""
+        """Takes in what has come, and ends what is no longer wanted or has no time left.
+
+        What a step has a part of ends once the step is done.
+        """
         with self._wake:
             arrived, self._arrived = self._arrived, []
-            cancelled, self._cancelled = self._cancelled, set()
-        self.book.add(arrived)
+            self.book.add(arrived)
+            cancelled = [state for number in self._cancelled if (state := self.book.get(number))]
+            self._cancelled = {state.id for state in cancelled if state.is_busy}
         now_s = self._clock.now_s()
-        late = [state.id for state in self.book.open() if state.deadline_s <= now_s]
-        self._end([number for number in cancelled if self.book.get(number)], "abort")
-        self._end([number for number in late if self.book.get(number)], "timeout")
+        self._end([state.id for state in cancelled if not state.is_busy], "abort")
+        idle = [state for state in self.book.open() if not state.is_busy]
+        self._end([state.id for state in idle if state.deadline_s <= now_s], "timeout")
 
     def _emit(self, plan: StepPlan, result: StepResult) -> None:
         """Takes up what a step gave."""
@@ -217,10 +247,13 @@ class Engine:
 
     def _begin_anew(self, error: ExecutorLostError) -> None:
         """What computes is gone: those who wait for it are told, and it is started again."""
-        _log.error("%s; it is started again", error)
+        _log.error("%s; it is started again\n%s", error, error.last_words)
+        self.is_restarting = True
+        self._under_way.clear()
         self._end_all("error", str(error))
         self.book.forget_blocks()
         self._executor.restart()
+        self.is_restarting = False
 
     def _begun(
         self, number: int, request: Request, on_delta: Callable[[Delta], None]

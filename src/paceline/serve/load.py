@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
-from paceline.core.errors import ConfigError, Problem
+import torch
+
+from paceline.core.errors import ConfigError, Problem, UsageError
 from paceline.kernels.device import choose_device, choose_dtype
 from paceline.models.adapters import adapt, resolve_adapted
+from paceline.models.decoder import Decoder
 from paceline.models.fuse import fuse
 from paceline.models.hub import ModelSource
+from paceline.models.peft.attach import method_of
+from paceline.models.peft.files import is_adapter
 from paceline.models.weights import build, fill
 from paceline.plan import check
 from paceline.plan.model_spec import DTYPE_BYTES, ModelSpec
 from paceline.plan.plan import Plan, ServeConfig
 from paceline.serve.engine import Engine
 from paceline.serve.executor.local import LocalExecutor
+from paceline.serve.executor.messages import Job
+from paceline.serve.executor.ranks import RanksExecutor
 from paceline.serve.schedule import POLICIES
 from paceline.serve.schedule.base import Budget
 
@@ -36,21 +45,64 @@ def load_engine(
     plan = plan or Plan()
     source = resolve_adapted(model) if isinstance(model, str) else model
     check.require(plan, source.spec)
-    where = choose_device(device)
-    dtype = choose_dtype(plan.serve.dtype, where)
-    decoder = build(source.spec, dtype)
-    fill(decoder, adapt(decoder, source), where)
-    fuse(decoder)
-    num_virtual = decoder.num_virtual_tokens
+    dtype = choose_dtype(plan.serve.dtype, choose_device(device))
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
+    if plan.serve.mesh.num_ranks > 1:
+        num_virtual, executor = 0, _over_ranks(source, plan, device, dtype, num_blocks)
+    else:
+        decoder = _loaded(source, dtype, choose_device(device))
+        num_virtual = decoder.num_virtual_tokens
+        executor = LocalExecutor(decoder, num_blocks, BLOCK_SIZE)
     return Engine(
-        LocalExecutor(decoder, num_blocks, BLOCK_SIZE),
+        executor,
         POLICIES.load(plan.serve.policy),
         Budget(plan.serve.max_batch_tokens, plan.serve.max_sequences),
         replace(source.spec, max_positions=source.spec.max_positions - num_virtual),
         source.tokenizer,
         num_virtual=num_virtual,
     )
+
+
+def _loaded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A whole model, ready to answer."""
+    decoder = build(source.spec, dtype)
+    fill(decoder, adapt(decoder, source), device)
+    fuse(decoder)
+    return decoder
+
+
+def _over_ranks(
+    source: ModelSource, plan: Plan, device: str, dtype: torch.dtype, num_blocks: int
+) -> RanksExecutor:
+    """Ranks that have loaded a model, each its part of it.
+
+    Raises:
+        UsageError: too few devices, or an adapter that cannot become part of the model.
+        ExecutorLostError: a rank cannot begin.
+    """
+    mesh, adapter, kind = plan.serve.mesh, source.adapter, choose_device(device).type
+    if kind == "cuda" and torch.cuda.device_count() < mesh.num_ranks:
+        found = torch.cuda.device_count()
+        rule = f"serve.mesh has {mesh.num_ranks} ranks, and there are {found} CUDA devices"
+        raise UsageError(rule, hint=f"serve.mesh.tp and serve.mesh.pp of at most {found} together")
+    if adapter is not None and (why := method_of(adapter.config).why_unmerged):
+        raise UsageError(
+            f"the adapter {adapter.path} cannot be served over ranks: {why}",
+            hint="set serve.mesh.tp = 1 and serve.mesh.pp = 1",
+        )
+    job = Job(
+        model=source.name,  # which may name the adapter, and that its base
+        adapter="" if adapter is None or is_adapter(Path(source.name)) else str(adapter.path),
+        identity=source.identity,
+        dtype=str(dtype).removeprefix("torch."),
+        device=kind,
+        pp=mesh.pp,
+        tp=mesh.tp,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        num_threads=max(1, (os.cpu_count() or 1) // mesh.num_ranks),
+    )
+    return RanksExecutor(job)
 
 
 def _num_blocks(spec: ModelSpec, serve: ServeConfig, value_bytes: int) -> int:

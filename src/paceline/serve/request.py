@@ -83,6 +83,7 @@ class RequestState:
         tokens: the prompt's and the answer's.
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
+        is_busy: whether a step that is not done yet has a part of it.
     """
 
     id: int
@@ -94,6 +95,7 @@ class RequestState:
     tokens: list[int]
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
+    is_busy: bool = False
 
     @property
     def num_generated(self) -> int:

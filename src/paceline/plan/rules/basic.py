@@ -17,8 +17,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "replicas.method": ("all-reduce",),
     "serve.weights": ("auto",),
     "serve.draft": ("none",),
-    "serve.mesh.tp": (1,),
-    "serve.mesh.pp": (1,),
     "serve.mesh.ep": (1,),
     "serve.mesh.replicas": (1,),
 }
@@ -52,6 +50,8 @@ POSITIVE = (
     "resilience.patience",
     "serve.max_batch_tokens",
     "serve.max_sequences",
+    "serve.mesh.tp",
+    "serve.mesh.pp",
 )
 
 

@@ -37,11 +37,16 @@ def tensor_has_ranks(known: Known) -> Iterator[Problem]:
 
 def tensor_fits(known: Known) -> Iterator[Problem]:
     """Every rank has something of each matrix that is split."""
-    degree, spec = known.plan.mesh.tp, known.spec
+    yield from tensor_limits(known, "mesh.tp", known.plan.mesh.tp)
+
+
+def tensor_limits(known: Known, path: str, degree: int) -> Iterator[Problem]:
+    """What a model sets to a degree of tensor parallelism, which stands at a path of the plan."""
+    spec = known.spec
     if degree == 1 or spec is None:
         return
     if spec.qk_norm == "all" and spec.norm == "layer":
-        yield known.problem("mesh.tp", "cannot split a layer norm over all heads", "use 1")
+        yield known.problem(path, "cannot split a layer norm over all heads", "use 1")
         return
     sizes = {
         "query heads": spec.num_heads,
@@ -53,7 +58,7 @@ def tensor_fits(known: Known) -> Iterator[Problem]:
     for what, most in sizes.items():
         if degree > most:
             rule, hint = f"exceeds the model's {most} {what}", f"use at most {min(sizes.values())}"
-            yield known.problem("mesh.tp", rule, hint)
+            yield known.problem(path, rule, hint)
 
 
 def ladder_fits(known: Known) -> Iterator[Problem]:

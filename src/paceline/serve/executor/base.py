@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +13,16 @@ from paceline.decode.sampler import Draw, Sampled
 
 
 class ExecutorLostError(PacelineError):
-    """What computes is gone, and with it all keys and values; `Executor.restart` may mend it."""
+    """What computes is gone, and with it all keys and values; `Executor.restart` may mend it.
+
+    Args:
+        message: what has happened, for whoever has asked.
+        last_words: what was heard from it before, for whoever runs it.
+    """
+
+    def __init__(self, message: str, *, last_words: str = "") -> None:
+        super().__init__(message)
+        self.last_words = last_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +65,28 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """Computes steps; the engine's thread is its only caller.
+    """Computes steps, in the order in which they come; the engine's thread is its only caller.
 
     Attributes:
         num_blocks: blocks of keys and values that it has.
         block_size: tokens to a block.
+        depth: how many steps it holds at a time; no two of them have a request in common.
     """
 
     num_blocks: int
     block_size: int
+    depth: int
 
-    def run(self, step: Sequence[Work]) -> StepResult:
-        """Computes the tokens and keeps their keys and values.
+    def submit(self, step: Sequence[Work]) -> None:
+        """Takes a step: its tokens are computed, and their keys and values kept.
+
+        Raises:
+            ExecutorLostError: nothing can be computed until it is restarted.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Waits for what the oldest of the steps that it holds has given.
 
         Raises:
             ExecutorLostError: nothing can be computed until it is restarted.
@@ -73,7 +94,10 @@ class Executor(Protocol):
         ...
 
     def release(self, request_id: int) -> None:
-        """Forgets a request's table, known or not; its blocks may be given to others."""
+        """Forgets a request's table, known or not; its blocks may be given to others.
+
+        No step that the executor holds has a part of the request.
+        """
         ...
 
     def restart(self) -> None:
@@ -83,3 +107,22 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends what it has started."""
         ...
+
+
+class OneAtATime(ABC):
+    """What executors have in common that compute a step as they take it."""
+
+    depth = 1
+
+    def __init__(self) -> None:
+        self._results: deque[StepResult] = deque()
+
+    @abstractmethod
+    def run(self, step: Sequence[Work]) -> StepResult:
+        """Computes a step."""
+
+    def submit(self, step: Sequence[Work]) -> None:
+        self._results.append(self.run(step))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()

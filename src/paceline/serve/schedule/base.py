@@ -26,6 +26,8 @@ class RequestView:
         num_blocks: blocks that it holds; of a waiting request those that it finds in the cache.
         num_freed: blocks that would be free if it were preempted; of a waiting request, those of
             the cached ones that count as free until it holds them.
+        is_busy: whether a step that is not done yet has a part of it: it gets no share, and is not
+            preempted.
     """
 
     id: int
@@ -36,6 +38,7 @@ class RequestView:
     max_total: int
     num_blocks: int = 0
     num_freed: int = 0
+    is_busy: bool = False
 
     @property
     def num_left(self) -> int:
@@ -75,10 +78,13 @@ class Budget:
     Attributes:
         max_batch_tokens: tokens computed, over all requests.
         max_sequences: requests that may hold blocks at a time.
+        max_shares: requests that have a part of the step. Where several steps are under way at a
+            time each has a part of the requests.
     """
 
     max_batch_tokens: int
     max_sequences: int
+    max_shares: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,8 @@ class Policy(Protocol):
 
     Returns:
         Shares of at least one token, none beyond a request's total, within the budget and the free
-        blocks. Not empty while there are requests, if the blocks hold each of them alone.
+        blocks. Not empty while there are requests and none is busy, if the blocks hold each of
+        them alone.
     """
 
     def __call__(self, view: View, budget: Budget, now_s: float) -> StepPlan: ...

@@ -20,8 +20,9 @@ class Room:
         self.num_tokens = budget.max_batch_tokens
         self._view = view
         self._num_free = view.num_free
-        self._victims = list(view.running)  # the last of them goes first
+        self._victims = [r for r in view.running if not r.is_busy]  # the last of them goes first
         self._num_seats = budget.max_sequences - len(view.running)
+        self._num_shares = budget.max_sequences if budget.max_shares is None else budget.max_shares
         # Of prompts that are being computed: blocks for the rest of each are spoken for.
         self._num_promised = sum(self._blocks_to_come(r) for r in view.running)
         self._shares: list[Share] = []
@@ -38,7 +39,9 @@ class Room:
             limit: of its tokens in this step.
         """
         num_tokens = min(request.num_left, self.num_tokens, limit or request.num_left)
-        if num_tokens == 0 or request.id in self._preempted:
+        if request.is_busy or request.id in self._preempted:
+            return
+        if num_tokens == 0 or self._num_shares == 0:
             return
         num_blocks = self._missing(request, request.num_computed + num_tokens)
         while num_blocks > self._num_free:
@@ -64,7 +67,7 @@ class Room:
             Whether it is admitted.
         """
         num_tokens = min(request.num_left, self.num_tokens, limit or request.num_left)
-        if num_tokens == 0 or self._num_seats == 0 or self._preempted:
+        if num_tokens == 0 or self._num_seats == 0 or self._num_shares == 0 or self._preempted:
             return False
         self._num_free -= request.num_freed
         num_whole = self._blocks_to_come(request)
@@ -84,6 +87,7 @@ class Room:
     def _give(self, request: RequestView, num_tokens: int, num_blocks: int) -> None:
         self._shares.append(Share(request.id, num_tokens))
         self.num_tokens -= num_tokens
+        self._num_shares -= 1
         self._num_free -= num_blocks
 
     def _preempt(self, victim: RequestView) -> None:
