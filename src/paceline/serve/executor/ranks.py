@@ -134,9 +134,7 @@ class RanksExecutor:
 def _refusal(work: Work) -> str:
     """Why ranks cannot compute a request; empty if they can."""
     if work.adapter:
-        return f"adapter {work.adapter}: is not served over ranks (serve.mesh.tp, serve.mesh.pp)"
+        return f"the adapter {work.adapter} is not served over ranks, as serve.mesh has them"
     if work.wants_logprobs:
-        return (
-            "log-probabilities of prompts are not given over ranks (serve.mesh.tp, serve.mesh.pp)"
-        )
+        return "log-probabilities of prompts are not given over ranks, as serve.mesh has them"
     return ""

@@ -55,7 +55,7 @@ def main(descriptor: int, controller: int) -> None:
     except Exception as error:
         if not is_peer_gone(error):
             raise
-        print(f"lost another rank: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"lost another rank: {error}\n")
         # The group is left as it is: taking it down could wait for ranks that are stuck.
         sys.exit(LOST_PEER)
 
