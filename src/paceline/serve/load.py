@@ -34,13 +34,25 @@ DEFAULT_KV_BYTES = 1 << 30
 
 
 def load_engine(
-    model: str | ModelSource, plan: Plan | None = None, *, device: str = "auto"
+    model: str | ModelSource,
+    plan: Plan | None = None,
+    *,
+    device: str = "auto",
+    depth: int | None = None,
 ) -> Engine:
     """An engine for a MODEL, as a plan's ``[serve]`` says.
 
+    Args:
+        model: a MODEL, or what has been found of one.
+        plan: absent: the defaults.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        depth: steps that stages have under way together; absent: one a stage. Less lets stages wait
+            for each other.
+
     Raises:
         ConfigError: the plan cannot be served.
-        UsageError: no such model.
+        UsageError: no such model, or one that cannot be served over ranks.
+        ExecutorLostError: a rank cannot begin.
     """
     plan = plan or Plan()
     source = resolve_adapted(model) if isinstance(model, str) else model
@@ -48,8 +60,10 @@ def load_engine(
     dtype = choose_dtype(plan.serve.dtype, choose_device(device))
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
     if plan.serve.mesh.num_ranks > 1:
-        num_virtual, executor = 0, _over_ranks(source, plan, device, dtype, num_blocks)
+        num_virtual = 0
+        executor = RanksExecutor(_job(source, plan, device, dtype, num_blocks), depth=depth)
     else:
+        assert depth in (None, 1), "one process computes a step as it takes it"
         decoder = _loaded(source, dtype, choose_device(device))
         num_virtual = decoder.num_virtual_tokens
         executor = LocalExecutor(decoder, num_blocks, BLOCK_SIZE)
@@ -71,14 +85,11 @@ def _loaded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> De
     return decoder
 
 
-def _over_ranks(
-    source: ModelSource, plan: Plan, device: str, dtype: torch.dtype, num_blocks: int
-) -> RanksExecutor:
-    """Ranks that have loaded a model, each its part of it.
+def _job(source: ModelSource, plan: Plan, device: str, dtype: torch.dtype, num_blocks: int) -> Job:
+    """What ranks compute for a plan.
 
     Raises:
         UsageError: too few devices, or an adapter that cannot become part of the model.
-        ExecutorLostError: a rank cannot begin.
     """
     mesh, adapter, kind = plan.serve.mesh, source.adapter, choose_device(device).type
     if kind == "cuda" and torch.cuda.device_count() < mesh.num_ranks:
@@ -90,7 +101,7 @@ def _over_ranks(
             f"the adapter {adapter.path} cannot be served over ranks: {why}",
             hint="set serve.mesh.tp = 1 and serve.mesh.pp = 1",
         )
-    job = Job(
+    return Job(
         model=source.name,  # which may name the adapter, and that its base
         adapter="" if adapter is None or is_adapter(Path(source.name)) else str(adapter.path),
         identity=source.identity,
@@ -102,7 +113,6 @@ def _over_ranks(
         block_size=BLOCK_SIZE,
         num_threads=max(1, (os.cpu_count() or 1) // mesh.num_ranks),
     )
-    return RanksExecutor(job)
 
 
 def _num_blocks(spec: ModelSpec, serve: ServeConfig, value_bytes: int) -> int:
