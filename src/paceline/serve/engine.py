@@ -27,6 +27,7 @@ from paceline.serve.request import (
 from paceline.serve.schedule.base import Budget, Policy, StepPlan
 
 _log = logging.getLogger(__name__)
+_LOOK_S = 1.0  # between looks at an executor that has nothing to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,8 @@ class Engine:
             if self._under_way:
                 result = self._executor.collect()
                 self._emit(self._under_way.popleft(), result)
+            else:
+                self._executor.check()
         except ExecutorLostError as error:
             self._begin_anew(error)
 
@@ -199,9 +202,9 @@ class Engine:
         return replace(self._budget, max_shares=-(-most // self._executor.depth))
 
     def _wait(self) -> bool:
-        """Sleeps until there is work; False once stopped."""
+        """Sleeps until there is work, or it is time to look around; False once stopped."""
         with self._wake:
-            self._wake.wait_for(lambda: self._is_stopped or self.book or self._arrived)
+            self._wake.wait_for(lambda: self._is_stopped or self.book or self._arrived, _LOOK_S)
             return not self._is_stopped
 
     def _admit(self) -> None:

@@ -93,6 +93,14 @@ class Executor(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Looks whether all is well, at no cost; called now and then while no step is under way.
+
+        Raises:
+            ExecutorLostError: nothing can be computed until it is restarted.
+        """
+        ...
+
     def release(self, request_id: int) -> None:
         """Forgets a request's table, known or not; its blocks may be given to others.
 
@@ -126,3 +134,6 @@ class OneAtATime(ABC):
 
     def collect(self) -> StepResult:
         return self._results.popleft()
+
+    def check(self) -> None:  # noqa: B027 (what is in this process cannot be lost)
+        """All is well."""

@@ -113,6 +113,9 @@ class RanksExecutor:
         result = self._results.pop(step.number)
         return replace(result, failed={**result.failed, **step.failed})
 
+    def check(self) -> None:
+        self.workers.check()
+
     def release(self, request_id: int) -> None:
         self._released.append(request_id)
 

@@ -139,6 +139,16 @@ class Workers:
             self._steps_done[rank] = message.number
         return rank, message
 
+    def check(self) -> None:
+        """Looks whether all ranks are there.
+
+        Raises:
+            ExecutorLostError: one is gone.
+        """
+        for rank, process in enumerate(self.processes):
+            if process.poll() is not None:
+                raise self._lost(rank)
+
     def close(self) -> None:
         """Ends all ranks; returns once they are gone."""
         self._end()
@@ -185,7 +195,7 @@ class Workers:
         names = ", ".join(map(self._name, ranks))
         words = "\n".join(self._last_words(rank) for rank in ranks)
         self._end()
-        text = f"a step is not done in {timeout_s:.1f} s: {names} {what}"
+        text = f"no answer in {timeout_s:.1f} s: {names} {what}"
         return ExecutorLostError(text, last_words=words)
 
     def _name(self, rank: int) -> str:
