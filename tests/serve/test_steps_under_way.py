@@ -37,6 +37,7 @@ class Deep(Scripted):
     def collect(self):
         if len(self.steps) + 1 == self._lost_at:
             self._lost_at = 0
+            self.under_way.clear()
             raise ExecutorLostError("rank 3 is gone", last_words="oh")
         return self.run(self.under_way.popleft())
 
@@ -46,7 +47,6 @@ class Deep(Scripted):
 
     def restart(self):
         self.restarts += 1
-        self.under_way.clear()
 
 
 def engine_around(executor, *, max_sequences=8, max_batch_tokens=64):
