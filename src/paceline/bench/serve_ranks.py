@@ -57,10 +57,11 @@ def _beside_one(name: str, ours: list[float], peer: list[float]) -> Outcome:
 
 def _beside_blocking(model: str, dtype: str, requests: Sequence[Request], what: str) -> Outcome:
     """Two stages, as many steps under way, beside one step under way."""
-    engines = [_engine(model, dtype, "serve.mesh.pp=2", depth=depth) for depth in (None, 1)]
-    ours, peer = interleave(*(_rate(engine, requests) for engine in engines))
-    for engine in engines:
-        engine.close()
+    free = _engine(model, dtype, "serve.mesh.pp=2")
+    blocking = _engine(model, dtype, "serve.mesh.pp=2", depth=1)
+    ours, peer = interleave(_rate(free, requests), _rate(blocking, requests))
+    free.close()
+    blocking.close()
     return outcome(
         f"serve, pp = 2, two steps under way, {what}",
         ours,

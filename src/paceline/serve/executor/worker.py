@@ -174,7 +174,7 @@ class Worker:
         return StepResult(sampled)
 
 
-def _no_logits(x_1TD: Tensor, output: Output) -> Tensor:
+def _no_logits(x_BTD: Tensor, output: Output) -> Tensor:
     """The head of a step in which nothing is drawn."""
     del output
-    return x_1TD[:, :0]
+    return x_BTD[:, :0]
