@@ -49,7 +49,7 @@ def test_a_real_server_is_timed():
     bodies = [
         {**body, "max_tokens": 5 + number} for number, body in enumerate(serve.requests()[:6])
     ]
-    with serve._serving(serve._our_command("random:llama:small", "float32"), {}) as server:
+    with serve._serving(serve._our_command("random:llama:small", "float32")) as server:
         found = load(server.port, bodies, 3)
         with pytest.raises(PacelineError, match="400"):
             load(server.port, [{**bodies[0], "max_tokens": 10**6}], 1)

@@ -93,9 +93,9 @@ def run(
     name = str(choose_dtype(dtype, choose_device("cpu"))).removeprefix("torch.")
     bodies = requests()
     with ExitStack() as stack:
-        ours = stack.enter_context(_serving(_our_command(model, name), {}))
+        ours = stack.enter_context(_serving(_our_command(model, name)))
         command = _peer_command(peer_python, folder, name)
-        peer = stack.enter_context(_serving(command, _PEER_ENVIRONMENT))
+        peer = stack.enter_context(_serving(command))
         found = {
             concurrency: _windows(ours, peer, bodies, concurrency) for concurrency in CONCURRENCIES
         }
@@ -143,13 +143,14 @@ def _our_command(model: str, dtype: str) -> list[str]:
 
 
 def _peer_command(python: str, folder: Path, dtype: str) -> list[str]:
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = ["env", *_PEER_ENVIRONMENT]
+    command += [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--dtype", dtype, "--max-model-len", "2048", "--max-num-seqs", "64"]
     return [*command, "--served-model-name", "served", "--port"]
 
 
 @contextmanager
-def _serving(command: list[str], environment: dict[str, str]) -> Generator[Server]:
+def _serving(command: list[str]) -> Generator[Server]:
     """A server's process, from its first token on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,7 +161,6 @@ def _serving(command: list[str], environment: dict[str, str]) -> Generator[Serve
             [*command, str(port)],
             stdout=log,
             stderr=log,
-            env=os.environ | environment,
             start_new_session=True,
         )
         try:
@@ -169,7 +169,7 @@ def _serving(command: list[str], environment: dict[str, str]) -> Generator[Serve
         except PacelineError as error:
             log.seek(0)
             tail = log.read()[-2000:].decode(errors="replace")
-            raise PacelineError(f"{error.message}; {command[2]} said: {tail}") from error
+            raise PacelineError(f"{error.message}; the server said: {tail}") from error
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
