@@ -26,6 +26,12 @@ class SamplingParams:
         temperature: 0 takes the most likely token; else logits are divided by it.
         top_k: how many of the most likely tokens are kept; 0 for all.
         top_p: the most likely tokens are kept until their probabilities reach it.
+        min_p: tokens less likely than this share of the likeliest one are dropped; 0 for none.
+        presence_penalty: taken off the logit of each token that the answer holds.
+        frequency_penalty: taken off it as many times as the answer holds the token.
+        repetition_penalty: positive logits of tokens of the prompt and the answer are divided by
+            it, negative ones multiplied; 1 for none.
+        logit_bias: pairs of a token and what is added to its logit.
         seed: of the noise.
         stream: which of several answers with one seed this is.
     """
@@ -33,6 +39,11 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stream: int = 0
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from paceline.core.errors import RequestError
+from paceline.decode.grammar import Grammar
 from paceline.decode.sampler import Draw, Sampled, SamplingParams
 from paceline.decode.stop import StopScanner
 from paceline.models.tokenizer import IncrementalDecoder, Tokenizer
 from paceline.plan.model_spec import ModelSpec
 from paceline.serve.kv.pool import Key
+
+MAX_LOGPROBS = 100
+"""Likeliest tokens that are told of with each token, at most."""
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
@@ -33,6 +37,11 @@ class Request:
         stop: strings that end the answer and are left out of it.
         stop_ids: tokens that end the answer beside the model's own.
         ignore_eos: whether tokens that end an answer are tokens like any other.
+        min_tokens: the answer's shortest length: before, neither a token nor a stop string ends it.
+        num_logprobs: how many of the likeliest tokens are told of with each token's
+            log-probability; 0 for none but its own, None for no log-probabilities.
+        num_prompt_logprobs: the same for the prompt's tokens but the first.
+        grammar: what the answer's text must be; None for anything.
         adapter: name of the adapter that answers; empty for none.
         tenant: whose request it is: keys and values are shared within one tenant only.
         timeout_s: after which it is ended, answered or not.
@@ -44,6 +53,10 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
     adapter: str = ""
     tenant: str = ""
     timeout_s: float = math.inf
@@ -164,7 +177,7 @@ class AnswerText:
 def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> None:
     """Raises RequestError for what cannot be answered.
 
-    The checks are those that keep one request from harming others: sizes and token ids.
+    The checks are those that keep one request from harming others: sizes, token ids and numbers.
 
     Args:
         request: that is asked.
@@ -203,8 +216,55 @@ def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> Non
     _require_tokens(request.prompt_ids, spec)
     if any(not stop for stop in request.stop):
         raise RequestError("a stop string is empty", param="stop")
+    _require_options(request, spec)
+    _require_sampling(request.sampling, spec)
 
 
 def _require_tokens(ids: Sequence[int], spec: ModelSpec) -> None:
     if min(ids) < 0 or max(ids) >= spec.vocab_size:
         raise RequestError(f"token ids must be from 0 to {spec.vocab_size - 1}", param="prompt")
+
+
+def _require_options(request: Request, spec: ModelSpec) -> None:
+    """What goes with what."""
+    if not 0 <= request.min_tokens <= request.max_tokens:
+        raise RequestError(
+            f"min_tokens = {request.min_tokens} must be from 0 to max_tokens = "
+            f"{request.max_tokens}",
+            param="min_tokens",
+        )
+    for param in ("num_logprobs", "num_prompt_logprobs"):
+        value = getattr(request, param)
+        if value is not None and not 0 <= value <= min(MAX_LOGPROBS, spec.vocab_size):
+            most = min(MAX_LOGPROBS, spec.vocab_size)
+            raise RequestError(f"{param} = {value} must be from 0 to {most}", param=param)
+    if request.grammar is not None and request.ignore_eos:
+        raise RequestError(
+            "a grammar's answer ends where the grammar does; ignore_eos would have it go on",
+            param="ignore_eos",
+            hint="leave out ignore_eos",
+        )
+
+
+def _require_sampling(sampling: SamplingParams, spec: ModelSpec) -> None:
+    """Numbers that are none, or out of range, which would come out as arbitrary tokens."""
+    rules = (
+        ("temperature", 0 <= sampling.temperature < math.inf, "not negative, and finite"),
+        ("top_k", sampling.top_k >= 0, "not negative"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
+        ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
+        ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0, and finite"),
+    )
+    for param, holds, rule in rules:
+        if not holds:
+            value = getattr(sampling, param)
+            raise RequestError(f"{param} = {value} must be {rule}", param=param)
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < spec.vocab_size or not math.isfinite(bias):
+            raise RequestError(
+                f"logit_bias = {bias} of token {token}: tokens are from 0 to "
+                f"{spec.vocab_size - 1}, and biases finite",
+                param="logit_bias",
+            )
