@@ -23,14 +23,15 @@ from paceline.serve.prompts_file import line_seed, read_lines
 
 pytestmark = pytest.mark.cpu
 
+LETTER = TOKENIZER.encode("A")[0]
 OPTIONS = Options(max_tokens=6, temperature=1.0, seed=5)
 LINES = [
     {"prompt": "one"},
     {"prompt": "two", "id": "b", "max_tokens": 2, "temperature": 0},
     {"messages": [{"role": "user", "content": "three"}], "seed": 9, "stop": ["a", "b"]},
-    {"prompt": [1, 2, 3], "logprobs": 1, "top_k": 5},
+    {"prompt": [1, 2, 3], "top_k": 5},
     {"prompt": "x" * 600},  # longer than the context
-    {"prompt": "six", "id": 6, "logit_bias": {"65": 100}, "ignore_eos": True},
+    {"prompt": "six", "id": 6, "logit_bias": {str(LETTER): 100}, "ignore_eos": True},
     {"prompt": ""},
     *({"prompt": f"number {number}"} for number in range(20)),
 ]
@@ -77,8 +78,16 @@ def test_every_line_is_answered_as_if_alone(done):
         assert named["text"] == expected["text"]
         assert named["usage"]["prompt_tokens"] == len(ids)
     assert answers[5]["text"] == "A" * 6
-    assert len(answers[3]["logprobs"]) == len(answers[3]["token_ids"])
     assert len(answers[1]["token_ids"]) <= 2
+
+
+def test_log_probabilities_of_a_line(tmp_path):
+    source, target = write(tmp_path / "in", [{"prompt": "one", "logprobs": 2}]), tmp_path / "out"
+    run(source, target)
+    found = json.loads(target.read_text())
+    assert [one["token_id"] for one in found["logprobs"]] == found["token_ids"]
+    assert all(len(one["top"]) == 2 for one in found["logprobs"])
+    assert "prompt_logprobs" not in found
 
 
 def test_seeds_follow_from_the_number():

@@ -24,8 +24,9 @@ class Grammar:
     """What an answer's text must be.
 
     Attributes:
-        kind: ``json``: JSON of a schema; ``regex``: what a regular expression matches as a whole;
-            ``json-object``: any JSON object.
+        kind: ``json``: JSON of a schema; ``regex``: what a regular expression matches as a whole,
+            where a digit is one of ten and a letter one of ASCII's; ``json-object``: any JSON
+            object.
         text: the schema as JSON or the regular expression; empty for any JSON object.
     """
 

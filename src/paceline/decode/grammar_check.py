@@ -83,18 +83,22 @@ class GrammarCheck:
             self._outcomes.popitem(last=False)
 
     def _tried(self, grammar: Grammar) -> str | None:
-        """Why the grammar cannot be used."""
-        if self._worker is None or not self._worker.is_alive:
-            self._worker = None
-            self._worker = _Worker(self._grammars, self._bounds)
-        try:
-            return self._worker.ask(
-                {"kind": grammar.kind, "text": grammar.text}, self._bounds.compile_s
-            )
-        except TimeoutError:
-            return f"the grammar takes more than {self._bounds.compile_s} s to compile"
-        except EOFError as error:
-            return f"the grammar could not be compiled: {error}"
+        """Why the grammar cannot be used.
+
+        A process that ends may have been ended by another's hand, so it is tried twice.
+        """
+        line, why = {"kind": grammar.kind, "text": grammar.text}, ""
+        for _ in range(2):
+            if self._worker is None or not self._worker.is_alive:
+                self._worker = None  # the last one's end
+                self._worker = _Worker(self._grammars, self._bounds)
+            try:
+                return self._worker.ask(line, self._bounds.compile_s)
+            except TimeoutError:
+                return f"the grammar takes more than {self._bounds.compile_s} s to compile"
+            except EOFError as error:
+                why = str(error)
+        return f"the grammar takes more memory than it may, or else: {why}"
 
 
 class _Worker:

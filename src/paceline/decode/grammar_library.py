@@ -52,10 +52,10 @@ def first_line(text: str) -> str:
 
 
 def _source(kind: str, text: str) -> str:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='dw')}/")
     schema = text if kind == "json" else _ANY_OBJECT
     options: Any = {"whitespace_pattern": _JSON_SPACE, "lenient": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
