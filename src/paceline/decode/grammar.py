@@ -16,7 +16,7 @@ from paceline.decode.grammar_library import compiled, first_line, library_tokeni
 from paceline.decode.processors import DeadEndError, History
 from paceline.models.tokenizer import Tokenizer
 
-_NUM_KEPT = 64  # compiled grammars
+_NUM_KEPT = 32  # compiled grammars; the largest take a hundred megabytes
 
 
 @dataclass(frozen=True, slots=True)
