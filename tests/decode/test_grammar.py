@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.core.errors import RequestError
-from paceline.decode.grammar import Grammar, Grammars
+from paceline.decode.grammar import Grammar, GrammarMask, Grammars
 from paceline.decode.processors import DeadEndError, History
 from paceline.decode.sampler import Draw, Refused, Sampler, SamplingParams
 from paceline.models.tokenizer import byte_tokenizer
@@ -55,7 +55,7 @@ def answer(grammar, seed, *, max_tokens=400, temperature=1.0, **options):
 
 
 def test_a_mask_by_hand():
-    mask = GRAMMARS.mask(Grammar("regex", "[ab]{2}(c|é)?"))
+    mask = GrammarMask(GRAMMARS, Grammar("regex", "[ab]{2}(c|é)?"))
     assert allowed(mask, "") == {"a", "b"}
     assert allowed(mask, "a") == {"a", "b"}
     at_end = mask(ZEROS, History([1, *encode("ab")], 1)).isfinite().nonzero()[:, 0].tolist()
@@ -65,7 +65,7 @@ def test_a_mask_by_hand():
 
 
 def test_it_follows_an_answer_that_grows_by_several_and_is_cut_back():
-    mask = GRAMMARS.mask(Grammar("regex", "one(two|three)"))
+    mask = GrammarMask(GRAMMARS, Grammar("regex", "one(two|three)"))
     assert allowed(mask, "onet") == {"w", "h"}
     assert allowed(mask, "onethr") == {"e"}
     assert allowed(mask, "on") == {"e"}
@@ -74,13 +74,13 @@ def test_it_follows_an_answer_that_grows_by_several_and_is_cut_back():
 
 
 def test_masks_of_one_grammar_do_not_know_each_other():
-    first, second = (GRAMMARS.mask(Grammar("regex", "abc")) for _ in range(2))
+    first, second = (GrammarMask(GRAMMARS, Grammar("regex", "abc")) for _ in range(2))
     assert allowed(first, "ab") == {"c"}
     assert allowed(second, "") == {"a"}
 
 
 def test_what_was_not_allowed_is_a_dead_end():
-    mask = GRAMMARS.mask(Grammar("regex", "abc"))
+    mask = GrammarMask(GRAMMARS, Grammar("regex", "abc"))
     with pytest.raises(DeadEndError, match="the grammar cannot go on"):
         allowed(mask, "ax")
     with pytest.raises(DeadEndError):
@@ -247,7 +247,7 @@ def test_min_tokens_end_where_the_grammar_does():
 )
 def test_what_is_no_grammar(grammar, message):
     with pytest.raises(RequestError, match=message) as caught:
-        GRAMMARS.mask(grammar)
+        GRAMMARS.compiled(grammar)
     assert caught.value.param == "grammar"
     assert len(caught.value.message) < 500
 
@@ -255,4 +255,4 @@ def test_what_is_no_grammar(grammar, message):
 def test_a_schema_cannot_loosen_its_reading():
     schema = {"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}
     with pytest.raises(RequestError, match="uniqueItems"):
-        GRAMMARS.mask(Grammar("json", json.dumps(schema)))
+        GRAMMARS.compiled(Grammar("json", json.dumps(schema)))

@@ -272,6 +272,14 @@ def test_what_a_sampler_remembers_equals_what_it_finds_out_anew(params, rows):
         tokens.append(found[7].token)
 
 
+def test_logits_that_are_no_numbers_are_refused_alone():
+    logits_RV = torch.stack([torch.full((V,), torch.nan), torch.zeros(V)]).double()
+    for params in (SamplingParams(), SamplingParams(top_p=0.5), SamplingParams(top_k=3)):
+        found = sample_rows(logits_RV, [Draw(params, 3), Draw(params, 3)])
+        assert isinstance(found[0], Refused)
+        assert found[1] == sample_rows(logits_RV[1:], [Draw(params, 3)])[0]
+
+
 def test_noise_is_made_for_what_is_left_and_is_the_same():
     logits_V = torch.linspace(-3, 3, 400, dtype=torch.float64)
     for position in range(200):

@@ -78,7 +78,7 @@ class GrammarCheck:
                     self._remember(grammar, error)
         if error:
             raise RequestError(error, param="grammar")
-        self._grammars.warm(grammar)
+        self._grammars.compiled(grammar)
 
     def _known(self, grammar: Grammar) -> str | None:
         """Why the grammar cannot be used, empty if it can be, None if it is not known."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paceline.core import rng
+from paceline.core.errors import RequestError
 from paceline.decode.draw import Draw, SamplingParams
 from paceline.decode.grammar import GrammarMask, Grammars
 from paceline.decode.logprobs import Sampled, with_logprobs
@@ -90,20 +91,16 @@ class Sampler:
     def _chain(self, request_id: int, draw: Draw) -> Chain:
         chain = self._chains.get(request_id)
         if chain is None:
-            mask = None
-            if draw.grammar is not None:
-                assert self._grammars is not None, "a grammar that nobody has checked"
-                mask = self._grammars.mask(draw.grammar)
-            chain = self._chains[request_id] = chain_of(draw, mask)
+            chain = self._chains[request_id] = chain_of(draw, self._grammars)
         return chain
 
 
-def chain_of(draw: Draw, mask: GrammarMask | None = None) -> Chain:
+def chain_of(draw: Draw, grammars: Grammars | None = None) -> Chain:
     """What a request asks to be done to its logits.
 
     Args:
         draw: of any of its tokens.
-        mask: of its grammar.
+        grammars: that its own is one of.
     """
     params = draw.params
     allow: list[Processor] = []
@@ -113,8 +110,9 @@ def chain_of(draw: Draw, mask: GrammarMask | None = None) -> Chain:
         allow.append(Occurrence(params.presence_penalty, params.frequency_penalty))
     if params.logit_bias:
         allow.append(Bias(params.logit_bias))
-    if mask is not None:
-        allow.append(mask)
+    if draw.grammar is not None:
+        assert grammars is not None, "a grammar that nobody has checked"
+        allow.append(GrammarMask(grammars, draw.grammar))
     if draw.end_ids and draw.min_tokens:
         allow.append(NoEnd(draw.min_tokens, draw.end_ids))
     return Chain(tuple(allow), _cut(params))
@@ -151,9 +149,7 @@ def sample_rows(
     tokens: dict[int, int | Refused] = {}
     if greedy:
         tokens |= zip(greedy, _rows(logits_RV, greedy).argmax(dim=-1).tolist(), strict=True)
-    for row in plain:
-        tokens[row] = sample(logits_RV[row], draws[row].params, draws[row].position)
-    for row in others:
+    for row in (*plain, *others):
         tokens[row] = _sample_processed(logits_RV[row], draws[row], chains[row])
     return _told(logits_RV, draws, [tokens[row] for row in range(len(draws))])
 
@@ -195,11 +191,11 @@ def _sample_processed(logits_V: Tensor, draw: Draw, chain: Chain) -> int | Refus
     try:
         for process in (*chain.allow, *chain.cut):
             scores_V = process(scores_V, history)
-    except DeadEndError as error:
-        return Refused(str(error))
-    if draw.params.temperature == 0:
-        return int(scores_V.argmax())
-    return _choose(scores_V, draw.params, draw.position)
+        if draw.params.temperature == 0:
+            return int(scores_V.argmax())
+        return _choose(scores_V, draw.params, draw.position)
+    except (DeadEndError, RequestError) as error:
+        return Refused(error.message)
 
 
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
@@ -233,6 +229,8 @@ def processed_logits(
 def _choose(scores_V: Tensor, params: SamplingParams, position: int) -> int:
     """A sample from unnormalised log-probabilities; noise is made for what is left of them."""
     kept_U = (scores_V > -torch.inf).nonzero()[:, 0]
+    if len(kept_U) == 0:
+        raise DeadEndError("no token is left to choose from; the model's logits are no numbers")
     noise_U = rng.gumbel(
         len(scores_V),
         seed=params.seed,
