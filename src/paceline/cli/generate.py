@@ -142,18 +142,22 @@ def _answer_file(
         TextColumn("lines  {task.fields[num_tokens]} tokens"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, num_tokens=0)
+    bar = Bar(*columns, console=Console(stderr=True))
+    task = bar.add_task("", total=None, num_tokens=0)
 
-        def show(progress: Progress) -> None:
-            bar.update(
-                task,
-                total=progress.num_lines,
-                completed=progress.num_done,
-                num_tokens=progress.num_tokens,
-            )
+    def show(progress: Progress) -> None:
+        bar.start()  # not before there is something to show; once it runs, nothing
+        bar.update(
+            task,
+            total=progress.num_lines,
+            completed=progress.num_done,
+            num_tokens=progress.num_tokens,
+        )
 
+    try:
         end = answer_file(engine, source, target, asked, resumes=resume, on_progress=show)
+    finally:
+        bar.stop()
     if as_json:
         counted = {"lines": end.num_lines, "tokens": end.num_tokens, "refused": end.num_refused}
         print_json({"output": str(target), **counted})
