@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -145,19 +146,19 @@ def _answer_file(
     bar = Bar(*columns, console=Console(stderr=True))
     task = bar.add_task("", total=None, num_tokens=0)
 
-    def show(progress: Progress) -> None:
-        bar.start()  # not before there is something to show; once it runs, nothing
-        bar.update(
-            task,
-            total=progress.num_lines,
-            completed=progress.num_done,
-            num_tokens=progress.num_tokens,
-        )
+    with ExitStack() as stack:
 
-    try:
+        def show(progress: Progress) -> None:
+            if not bar.live.is_started:  # not before there is something to show
+                stack.enter_context(bar)
+            bar.update(
+                task,
+                total=progress.num_lines,
+                completed=progress.num_done,
+                num_tokens=progress.num_tokens,
+            )
+
         end = answer_file(engine, source, target, asked, resumes=resume, on_progress=show)
-    finally:
-        bar.stop()
     if as_json:
         counted = {"lines": end.num_lines, "tokens": end.num_tokens, "refused": end.num_refused}
         print_json({"output": str(target), **counted})
