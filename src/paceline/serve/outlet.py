@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from paceline.decode.sampler import Sampled
@@ -25,12 +26,15 @@ class Event(NamedTuple):
         sampled: its next token, if there is one.
         reason: that it has ended for, as far as the engine knows.
         error: why, where the reason is an error.
+        prompt: its prompt's tokens but the first with their log-probabilities, once, where they
+            are asked for.
     """
 
     state: RequestState
     sampled: Sampled | None
     reason: FinishReason | None
     error: str = ""
+    prompt: tuple[Sampled, ...] = ()
 
 
 class Outlet:
@@ -96,4 +100,5 @@ class Outlet:
 def _delta(event: Event) -> Delta:
     if event.sampled is None:
         return Delta("", (), event.reason, event.error)
-    return event.state.text.push(event.sampled, event.reason)
+    delta = event.state.text.push(event.sampled, event.reason)
+    return replace(delta, prompt=event.prompt) if event.prompt else delta
