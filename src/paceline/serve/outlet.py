@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from paceline.decode.sampler import Sampled
@@ -96,4 +97,7 @@ class Outlet:
 def _delta(event: Event) -> Delta:
     if event.sampled is None:
         return Delta("", (), event.reason, event.error)
-    return event.state.text.push(event.sampled, event.reason)
+    delta = event.state.text.push(event.sampled, event.reason)
+    if delta.finish_reason is None:
+        return delta
+    return replace(delta, num_found=event.state.num_found or 0)

@@ -73,6 +73,7 @@ class Delta:
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
+        num_found: how many of the prompt's tokens were found in the cache; in the last delta.
     """
 
     text: str
@@ -80,6 +81,8 @@ class Delta:
     finish_reason: FinishReason | None
     error: str = ""
     sampled: tuple[Sampled, ...] = ()
+    prompt_logprobs: tuple[Sampled, ...] = ()
+    num_found: int = 0
 
 
 @dataclass(slots=True)
@@ -96,6 +99,7 @@ class RequestState:
         tokens: the prompt's and the answer's.
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
+        num_found: how many of the prompt's were found in the cache; None before it has run.
     """
 
     id: int
@@ -107,6 +111,7 @@ class RequestState:
     tokens: list[int]
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
+    num_found: int | None = None
 
     @property
     def num_generated(self) -> int:

@@ -11,10 +11,25 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from paceline.core.errors import PacelineError, RequestError
+from paceline.serve.request import FinishReason
+
+_STOPPED = "the engine stopped before the answer was done"
 
 
 class EngineFailedError(Exception):
-    """The engine ended an answer before it was done."""
+    """The engine ended an answer before it was done.
+
+    Args:
+        reason: of the end, as the engine names it.
+        message: what the engine says of it, if anything.
+    """
+
+    def __init__(self, reason: FinishReason, message: str = "") -> None:
+        is_late = reason == "timeout"
+        self.status = 504 if is_late else 503
+        self.kind = "timeout_error" if is_late else "server_error"
+        said = "the time for this request is up" if is_late else _STOPPED
+        super().__init__(message or said)
 
 
 def error_body(message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
@@ -26,6 +41,11 @@ def request_error_body(error: RequestError) -> dict[str, Any]:
     """What a client is told of its mistake."""
     text = f"{error.message} ({error.hint})" if error.hint else error.message
     return error_body(text, kind="invalid_request_error", param=error.param)
+
+
+def failure_body(error: EngineFailedError) -> dict[str, Any]:
+    """What a client is told of an answer that was not finished."""
+    return error_body(str(error), kind=error.kind)
 
 
 def shape_errors(app: FastAPI) -> None:
@@ -49,11 +69,13 @@ def shape_errors(app: FastAPI) -> None:
         body = error_body(str(error.detail), kind="invalid_request_error")
         return JSONResponse(body, status_code=error.status_code)
 
-    @app.exception_handler(PacelineError)
     @app.exception_handler(EngineFailedError)
-    async def on_engine_failure(_: Request, error: Exception) -> Response:  # noqa: ARG001
-        body = error_body("the engine stopped before the answer was done", kind="server_error")
-        return JSONResponse(body, status_code=503)
+    async def on_failed_answer(_: Request, error: EngineFailedError) -> Response:
+        return JSONResponse(failure_body(error), status_code=error.status)
+
+    @app.exception_handler(PacelineError)
+    async def on_stopped_engine(_: Request, error: PacelineError) -> Response:  # noqa: ARG001
+        return JSONResponse(error_body(_STOPPED, kind="server_error"), status_code=503)
 
 
 def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
