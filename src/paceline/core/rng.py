@@ -42,11 +42,21 @@ def uniform(
 
 
 def gumbel(
-    count: int, *, seed: int, purpose: str, stream: str | int = 0, position: int = 0
+    count: int,
+    *,
+    seed: int,
+    purpose: str,
+    stream: str | int = 0,
+    position: int = 0,
+    at: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """`count` standard Gumbel draws: argmax(log p + gumbel) is a sample from p."""
+    """`count` standard Gumbel draws: argmax(log p + gumbel) is a sample from p.
+
+    Args:
+        at: indices of those that are wanted, as logarithms take most of the time; None for all.
+    """
     draws = uniform(count, seed=seed, purpose=purpose, stream=stream, position=position)
-    return -np.log(-np.log(draws))
+    return -np.log(-np.log(draws if at is None else draws[at]))
 
 
 def normal(

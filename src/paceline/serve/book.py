@@ -61,7 +61,7 @@ class Book:
         """Takes a running request's blocks away; it waits again, before all others."""
         state = self.running.pop(request_id)
         self.kv.release(request_id)
-        state.num_computed = 0
+        state.begin_anew()
         self.num_preempted += 1
         self.waiting = {request_id: state} | self.waiting
 
@@ -87,6 +87,8 @@ class Book:
             new_blocks=(*found, *new),
             draw=state.draw() if end == len(state.tokens) else None,
             adapter=state.request.adapter,
+            scored=state.scored(start, end),
+            num_top=state.request.num_prompt_logprobs or 0,
         )
 
     def computed(self, share: Share) -> RequestState:
@@ -110,7 +112,7 @@ class Book:
 
     def _keys(self, state: RequestState) -> Sequence[Key]:
         """Names of the blocks that a request may find; its last token is always computed."""
-        if self._num_virtual:
+        if self._num_virtual or state.wants_scores:
             return ()
         extend(state.keys, state.root, state.tokens, self.kv.block_size)
         return state.keys[: (len(state.tokens) - 1) // self.kv.block_size]

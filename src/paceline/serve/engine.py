@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from paceline.core.clock import Clock, WallClock
-from paceline.core.errors import PacelineError
+from paceline.core.errors import PacelineError, RequestError
+from paceline.decode.grammar_check import GrammarCheck
+from paceline.decode.sampler import Sampled
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
 from paceline.serve.book import Book
@@ -35,12 +37,18 @@ class Answer:
     Attributes:
         text: without stop strings.
         token_ids: all sampled tokens, the one that ended it included.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: ``stop`` or ``length``; ``error`` where it could not go on.
+        error: why, where the reason is an error.
+        logprobs: the tokens with their log-probabilities, where these were asked for.
+        prompt_logprobs: those of the prompt but the first, where these were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    error: str = ""
+    logprobs: tuple[Sampled, ...] = ()
+    prompt_logprobs: tuple[Sampled, ...] = ()
 
 
 class Engine:
@@ -57,6 +65,7 @@ class Engine:
         tokenizer: of the model.
         clock: what time is read from.
         num_virtual: tokens before every request's own that take room in its blocks.
+        grammars: whether a request's can be used; None where the executor knows none.
     """
 
     def __init__(
@@ -69,12 +78,13 @@ class Engine:
         *,
         clock: Clock | None = None,
         num_virtual: int = 0,
+        grammars: GrammarCheck | None = None,
     ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
         self._room_tokens = executor.num_blocks * executor.block_size - num_virtual
         self._executor, self._policy, self._budget = executor, policy, budget
-        self._clock = clock or WallClock()
+        self._clock, self._grammars = clock or WallClock(), grammars
         self._outlet = Outlet(self.cancel)
         self._arrived: list[RequestState] = []
         self._cancelled: set[int] = set()
@@ -95,7 +105,7 @@ class Engine:
             RequestError: it cannot be answered.
             PacelineError: the engine has stopped or failed.
         """
-        require_servable(request, self.spec, self._room_tokens)
+        self.require(request)
         with self._wake:
             if self._is_stopped or self._failure:
                 raise PacelineError("the engine has stopped")
@@ -103,6 +113,21 @@ class Engine:
             self._arrived.append(self._begun(number, request, on_delta))
             self._wake.notify()
         return number
+
+    def require(self, request: Request) -> None:
+        """Returns if a request can be answered.
+
+        A grammar that is new is compiled on trial, which may take seconds: who must not wait
+        calls this on another thread before `submit`, which then finds it known.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        require_servable(request, self.spec, self._room_tokens)
+        if request.grammar is not None:
+            if self._grammars is None:
+                raise RequestError("this engine knows no grammars", param="grammar")
+            self._grammars.require(request.grammar)
 
     def cancel(self, request_id: int) -> None:
         """Ends a request that is no longer wanted; one that has ended is left alone."""
@@ -120,7 +145,7 @@ class Engine:
         """Answers requests on this thread, in their order."""
         requests = list(requests)
         for request in requests:  # all of them, before the first is begun
-            require_servable(request, self.spec, self._room_tokens)
+            self.require(request)
         answers: list[list[Delta]] = []
         for request in requests:
             deltas: list[Delta] = []
@@ -194,11 +219,13 @@ class Engine:
         events: list[Event] = []
         for share in plan.shares:
             state = self.book.computed(share)
+            state.scores.extend(result.prompt_logprobs.get(state.id, ()))
             if state.id in result.failed:
                 events.append(Event(state, None, "error", result.failed[state.id]))
             elif state.id in result.sampled:
                 sampled = result.sampled[state.id]
-                events.append(Event(state, sampled, state.add(sampled)))
+                prompt = () if state.num_generated else tuple(state.scores)
+                events.append(Event(state, sampled, state.add(sampled), prompt=prompt))
         for event in events:
             if event.reason is not None:
                 self._forget(event.state.id)
@@ -231,7 +258,7 @@ class Engine:
             id=number,
             request=request,
             arrival_s=self._clock.now_s(),
-            text=AnswerText(self.tokenizer, request.stop, on_delta, end_ids),
+            text=AnswerText(self.tokenizer, request.stop, on_delta, end_ids, request.min_tokens),
             end_ids=end_ids,
             root=root(request.tenant, request.adapter),
             tokens=list(request.prompt_ids),
@@ -246,4 +273,7 @@ def join(deltas: Sequence[Delta]) -> Answer:
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         finish_reason=finish_reason,
+        error=deltas[-1].error,
+        logprobs=tuple(one for delta in deltas for one in delta.sampled),
+        prompt_logprobs=tuple(one for delta in deltas for one in delta.prompt),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from paceline.core.errors import ConfigError, Problem
+from paceline.decode.grammar import Grammars
+from paceline.decode.grammar_check import GrammarCheck
 from paceline.kernels.device import choose_device, choose_dtype
 from paceline.models.adapters import adapt, resolve_adapted
 from paceline.models.fuse import fuse
@@ -43,13 +45,15 @@ def load_engine(
     fuse(decoder)
     num_virtual = decoder.num_virtual_tokens
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
+    grammars = Grammars(source.tokenizer, source.spec.vocab_size)
     return Engine(
-        LocalExecutor(decoder, num_blocks, BLOCK_SIZE),
+        LocalExecutor(decoder, num_blocks, BLOCK_SIZE, grammars),
         POLICIES.load(plan.serve.policy),
         Budget(plan.serve.max_batch_tokens, plan.serve.max_sequences),
         replace(source.spec, max_positions=source.spec.max_positions - num_virtual),
         source.tokenizer,
         num_virtual=num_virtual,
+        grammars=GrammarCheck(grammars),
     )
 
 

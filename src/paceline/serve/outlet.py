@@ -26,12 +26,15 @@ class Event(NamedTuple):
         sampled: its next token, if there is one.
         reason: that it has ended for, as far as the engine knows.
         error: why, where the reason is an error.
+        prompt: its prompt's tokens but the first with their log-probabilities, once, where they
+            are asked for.
     """
 
     state: RequestState
     sampled: Sampled | None
     reason: FinishReason | None
     error: str = ""
+    prompt: tuple[Sampled, ...] = ()
 
 
 class Outlet:
@@ -98,6 +101,6 @@ def _delta(event: Event) -> Delta:
     if event.sampled is None:
         return Delta("", (), event.reason, event.error)
     delta = event.state.text.push(event.sampled, event.reason)
-    if delta.finish_reason is None:
+    if delta.finish_reason is None and not event.prompt:
         return delta
-    return replace(delta, num_found=event.state.num_found or 0)
+    return replace(delta, prompt=event.prompt, num_found=event.state.num_found or 0)

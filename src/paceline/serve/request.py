@@ -70,6 +70,8 @@ class Delta:
         text: that can be shown.
         token_ids: sampled since the last delta.
         sampled: the same with their log-probabilities, where these are asked for.
+        prompt: the prompt's tokens but the first with theirs, in the answer's first part, where
+            these are asked for.
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
@@ -81,7 +83,7 @@ class Delta:
     finish_reason: FinishReason | None
     error: str = ""
     sampled: tuple[Sampled, ...] = ()
-    prompt_logprobs: tuple[Sampled, ...] = ()
+    prompt: tuple[Sampled, ...] = ()
     num_found: int = 0
 
 
@@ -100,6 +102,8 @@ class RequestState:
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
         num_found: how many of the prompt's were found in the cache; None before it has run.
+        scores: the prompt's tokens but the first with their log-probabilities, as far as they are
+            known, where they are asked for.
     """
 
     id: int
@@ -112,6 +116,7 @@ class RequestState:
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
     num_found: int | None = None
+    scores: list[Sampled] = field(default_factory=list)
 
     @property
     def num_generated(self) -> int:
@@ -130,7 +135,35 @@ class RequestState:
 
     def draw(self) -> Draw:
         """How its next token is chosen."""
-        return Draw(self.request.sampling, len(self.tokens))
+        request = self.request
+        needs_end, grammar = request.min_tokens > 0, request.grammar
+        needs_history = needs_end or grammar is not None or request.sampling.uses_history
+        return Draw(
+            request.sampling,
+            len(self.tokens),
+            history=self.tokens if needs_history else (),
+            num_prompt=len(request.prompt_ids),
+            num_logprobs=request.num_logprobs,
+            min_tokens=request.min_tokens,
+            end_ids=tuple(sorted(self.end_ids)) if needs_end else (),
+            grammar=grammar,
+        )
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        wanted = self.request.num_prompt_logprobs is not None
+        return wanted and len(self.scores) < len(self.request.prompt_ids) - 1
+
+    def scored(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens of the prompt that `tokens[start:end]` tell the log-probabilities of."""
+        return self.request.prompt_ids[start + 1 : end + 1] if self.wants_scores else ()
+
+    def begin_anew(self) -> None:
+        """Its keys and values are gone."""
+        self.num_computed = 0
+        if self.wants_scores:  # a part of them does not say where they end
+            self.scores.clear()
 
     def add(self, sampled: Sampled) -> FinishReason | None:
         """Takes up a sampled token; what it ends the answer for, as far as tokens tell."""
@@ -148,6 +181,7 @@ class AnswerText:
         stop: strings that end the answer and are left out of it.
         on_delta: called with each part of the answer.
         end_ids: tokens that end the answer and say nothing.
+        min_tokens: of the answer, before which no stop string is looked for.
     """
 
     def __init__(
@@ -156,10 +190,11 @@ class AnswerText:
         stop: Sequence[str],
         on_delta: Callable[[Delta], None],
         end_ids: frozenset[int],
+        min_tokens: int = 0,
     ) -> None:
         self.on_delta = on_delta
         self._decoder, self._scanner = IncrementalDecoder(tokenizer), StopScanner(stop)
-        self._end_ids = end_ids
+        self._end_ids, self._num_unscanned = end_ids, min_tokens
 
     def push(self, sampled: Sampled, reason: FinishReason | None) -> Delta:
         """The part of the answer that a token completes.
@@ -170,13 +205,20 @@ class AnswerText:
         """
         text, is_stopped = "", False
         if sampled.token not in self._end_ids:
-            text, is_stopped = self._scanner.push(self._decoder.push(sampled.token))
+            text, is_stopped = self._scan(self._decoder.push(sampled.token))
         if reason is not None and not is_stopped:
             # What was held back may still hold a stop string.
             rest, is_stopped = self._scanner.push(self._decoder.finish())
             text += rest if is_stopped else rest + self._scanner.finish()
         told = () if sampled.logprob is None else (sampled,)
         return Delta(text, (sampled.token,), "stop" if is_stopped else reason, sampled=told)
+
+    def _scan(self, text: str) -> tuple[str, bool]:
+        """As the scanner's `push`, of what one token says."""
+        if self._num_unscanned > 0:
+            self._num_unscanned -= 1
+            return text, False
+        return self._scanner.push(text)
 
 
 def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> None:

@@ -126,7 +126,7 @@ class Choice:
         prompt: Sequence[Sampled] = ()
         if self.request.num_prompt_logprobs is not None:
             first = () if self._is_begun else (Sampled(self.request.prompt_ids[0]),)
-            prompt = (*first, *delta.prompt_logprobs)
+            prompt = (*first, *delta.prompt)
         return (*prompt, *(() if self._is_silent else delta.sampled))
 
     def _reason(self, reason: FinishReason | None) -> str:

@@ -87,6 +87,17 @@ class _Desk:
             error.param = body.field_of(error.param)
             raise
 
+    def _read(self, body: _Body) -> Asked:
+        """What a body asks for, known to be answerable.
+
+        Not the event loop's work: long texts take a while to become tokens, and so do grammars to
+        be compiled.
+        """
+        asked = body.to_asked(self._engine.tokenizer, self._engine.spec)
+        for request in asked.requests:
+            self._engine.require(request)
+        return asked
+
     def _handover_here(self) -> Handover:
         """What hands over to the running event loop."""
         loop = asyncio.get_running_loop()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from paceline.decode.grammar import Grammars
+from paceline.decode.logprobs import with_logprobs
 from paceline.decode.paged import Next, PagedStore, extend_all
-from paceline.decode.sampler import Sampled, sample_rows
+from paceline.decode.sampler import Refused, Sampled, Sampler
 from paceline.models.decoder import Decoder
 from paceline.serve.executor.base import StepResult, Work
 
@@ -19,23 +22,35 @@ class LocalExecutor:
         model: with its weights.
         num_blocks: blocks for keys and values.
         block_size: tokens to a block.
+        grammars: of the model's answers; None where no request has one.
     """
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        num_blocks: int,
+        block_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:
         self._model = model.eval()
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
         self._tables: dict[int, list[int]] = {}
+        self._sampler = Sampler(grammars)
 
     def run(self, step: Sequence[Work]) -> StepResult:
-        sampled: dict[int, Sampled] = {}
+        found: dict[int, Sampled | Refused] = {}
+        scored: dict[int, Sequence[Sampled]] = {}
         for works in self._passes(step):
-            sampled |= self._compute(works)
-        return StepResult(sampled)
+            of_pass, scored_of_pass = self._compute(works)
+            found |= of_pass
+            scored |= scored_of_pass
+        return step_result(found, scored)
 
     def release(self, request_id: int) -> None:
         self._tables.pop(request_id, None)
+        self._sampler.forget(request_id)
 
     def restart(self) -> None:
         self._tables.clear()
@@ -51,13 +66,22 @@ class LocalExecutor:
         return [*([begun] if begun else []), *([work] for work in step if work.start == 0)]
 
     @torch.inference_mode()
-    def _compute(self, works: Sequence[Work]) -> dict[int, Sampled]:
+    def _compute(
+        self, works: Sequence[Work]
+    ) -> tuple[dict[int, Sampled | Refused], dict[int, Sequence[Sampled]]]:
+        """What is drawn, and the prompts' tokens that are scored."""
         sequences = [self._next(work) for work in works]
         ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
-        drawn = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.draw]
-        logits_RV = extend_all(self._model, sequences, self._store, [place for _, place in drawn])
-        found = sample_rows(logits_RV, [work.draw for work, _ in drawn if work.draw])
-        return {work.request_id: one for (work, _), one in zip(drawn, found, strict=True)}
+        drawn = [end - 1 for work, end in zip(works, ends, strict=True) if work.draw]
+        scored = [
+            end - len(work.tokens) + index
+            for work, end in zip(works, ends, strict=True)
+            for index in range(len(work.scored))
+        ]
+        logits_RV = extend_all(self._model, sequences, self._store, [*drawn, *scored])
+        draws = {work.request_id: work.draw for work in works if work.draw}
+        found = self._sampler.sample(logits_RV[: len(drawn)], draws)
+        return found, score(logits_RV[len(drawn) :], works)
 
     def _next(self, work: Work) -> Next:
         table = self._tables.setdefault(work.request_id, [])
@@ -67,3 +91,29 @@ class LocalExecutor:
         num_tokens = num_virtual + work.start + len(work.tokens)
         assert len(table) * self.block_size >= num_tokens, "the table and the request disagree"
         return Next(work.tokens, num_before, torch.tensor(table, dtype=torch.int32))
+
+
+def score(logits_RV: Tensor, works: Sequence[Work]) -> dict[int, Sequence[Sampled]]:
+    """The log-probabilities that works want of tokens that are known.
+
+    Args:
+        logits_RV: one row for each `Work.scored`, in order.
+        works: of the pass.
+    """
+    scored: dict[int, Sequence[Sampled]] = {}
+    start = 0
+    for work in works:
+        if work.scored:
+            rows_RV = logits_RV[start : start + len(work.scored)]
+            scored[work.request_id] = with_logprobs(rows_RV, work.scored, work.num_top)
+            start += len(work.scored)
+    return scored
+
+
+def step_result(
+    found: Mapping[int, Sampled | Refused], scored: Mapping[int, Sequence[Sampled]]
+) -> StepResult:
+    """What a step gave, those that could not be answered apart."""
+    sampled = {number: one for number, one in found.items() if isinstance(one, Sampled)}
+    failed = {number: one.why for number, one in found.items() if isinstance(one, Refused)}
+    return StepResult(sampled, failed, scored)
