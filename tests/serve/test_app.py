@@ -7,46 +7,21 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from engines import SPEC, TOKENIZER, Scripted, ask, real_engine, scripted_engine, serving
+from engines import SPEC, TOKENIZER, Scripted, ask, real_engine, scripted_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import CHAT, COMPLETIONS, MESSAGES, NAME, error_of, live, post
 
 from paceline.models.chat import render_chat
-from paceline.serve.api.app import create_app
 from paceline.serve.api.guard import MAX_BODY_BYTES
-from paceline.serve.api.keys import ApiKeys
-from paceline.serve.api.server import listen
 
 pytestmark = pytest.mark.cpu
 
-NAME = "tiny"
 KEY = "sk-one"
-MESSAGES = [{"role": "user", "content": "hi"}]
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-@contextmanager
-def live(engine, *, keys=()):
-    """A server on a free port around an engine whose loop runs; gives its address."""
-    listener = listen("127.0.0.1", 0, ApiKeys([]))
-    app = create_app(engine, NAME, ApiKeys(list(keys)))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    with serving(engine):
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-            listener.close()
-            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -157,18 +132,11 @@ def test_errors_are_those_of_openai_s_client(client):
     with pytest.raises(openai.NotFoundError, match=r"no model 'other'; this server has 'tiny'"):
         client.chat.completions.create(model="other", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=NAME, messages=MESSAGES, logit_bias={"5": 1})
-    assert caught.value.param == "logit_bias"
+        client.chat.completions.create(model=NAME, messages=MESSAGES, modalities=["text"])
+    assert caught.value.param == "modalities"
 
 
 # What is asked is what is done.
-
-
-def post(http, path, **body):
-    base = {"model": NAME, "max_tokens": 8}
-    base |= {"messages": MESSAGES} if path == CHAT else {"prompt": "hi"}
-    merged = {key: value for key, value in (base | body).items() if value is not ...}
-    return http.post(path, json=merged)
 
 
 def text_of(response):
@@ -229,10 +197,31 @@ def test_what_is_null_is_absent(http):
 # What is refused.
 
 BAD_FIELDS = [
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"prediction": {"type": "content"}}, "prediction"),
+    ({"store": True}, "store"),
+    ({"user": "x" * 513}, "user"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
     ({"tools": []}, "tools"),
-    ({"n": 2}, "n"),
-    ({"logprobs": True}, "logprobs"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": 10**30}, "n"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {"300": 1}}, "logit_bias"),
+    ({"logit_bias": {str(n): 1 for n in range(301)}}, "logit_bias"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"min_tokens": 9}, "min_tokens"),
+    ({"stop_token_ids": [1] * 17}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"ignore_eos": 1}, "ignore_eos"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "1"}, "temperature"),
@@ -262,23 +251,19 @@ BAD_MESSAGES = [
     (..., "messages"),
     ("hi", "messages"),
     ([{"role": "user"}], "messages.0.content"),
-    ([{"role": "tool", "content": "x"}], "messages.0.role"),
+    ([{"role": "wizard", "content": "x"}], "messages.0.role"),
+    ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
+    ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages.0.tool_call_id"),
     ([*MESSAGES, {"role": "user", "content": 3}], "messages.1.content"),
     ([{"role": "user", "content": []}], "messages.0.content"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type"),
     ([{"role": "user", "content": "x", "name": "y"}], "messages.0.name"),
     ([{"role": "user", "content": "x" * 600}], "messages"),
 ]
-BAD_PROMPTS = [("", "prompt"), (..., "prompt"), (["hi"], "prompt"), ([5], "prompt")]
+BAD_PROMPTS = [("", "prompt"), (..., "prompt"), ([], "prompt"), ([[]], "prompt.0")]
+BAD_PROMPTS += [([259], "prompt"), ([-1], "prompt.0"), (["hi", 5], "prompt.1")]
+BAD_PROMPTS += [(["hi"] * 65, "prompt"), (["hi", ""], "prompt"), ([[5], [2**31]], "prompt.1.0")]
 BAD_PROMPTS += [("x" * 512, "prompt"), ("x" * 600, "prompt")]
-
-
-def error_of(response, status=400):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert "Traceback" not in error["message"]
-    return error
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -445,7 +430,7 @@ def test_an_engine_that_fails_in_a_stream():
     with live(engine) as address, httpx.Client(base_url=address) as http:
         lines = post(http, COMPLETIONS, stream=True).text.split("\n\n")
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
-    assert [event["choices"][0]["text"] for event in events[:-1]] == ["a", "a", "a"]
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "aaa"
     assert events[-1]["error"]["type"] == "server_error"
     assert "[DONE]" not in lines[-1]
 

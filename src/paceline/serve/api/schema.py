@@ -131,6 +131,8 @@ class Sampled(Strict):
 
     def field_of(self, param: str | None) -> str | None:
         """The body's field behind a field of the engine's request."""
+        if param == "grammar":
+            return "response_format" if self.response_format else "structured_outputs"
         return "logprobs" if param in ("num_logprobs", "num_prompt_logprobs") else param
 
     def request(
@@ -204,6 +206,8 @@ class ChatBody(Sampled):
     def field_of(self, param: str | None) -> str | None:
         if param == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
+        if param == "grammar" and not (self.response_format or self.structured_outputs):
+            return "tools"
         return "messages" if param == "prompt" else super().field_of(param)
 
     def _require_sound(self) -> None:
