@@ -295,19 +295,8 @@ def _require_options(request: Request, spec: ModelSpec) -> None:
 
 def _require_sampling(sampling: SamplingParams, spec: ModelSpec) -> None:
     """Numbers that are none, or out of range, which would come out as arbitrary tokens."""
-    rules = (
-        ("temperature", 0 <= sampling.temperature < math.inf, "not negative, and finite"),
-        ("top_k", sampling.top_k >= 0, "not negative"),
-        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
-        ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
-        ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
-        ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0, and finite"),
-    )
-    for param, holds, rule in rules:
-        if not holds:
-            value = getattr(sampling, param)
-            raise RequestError(f"{param} = {value} must be {rule}", param=param)
+    for param, fault in sampling_faults(sampling):
+        raise RequestError(f"{param} = {fault}", param=param)
     for token, bias in sampling.logit_bias:
         if not 0 <= token < spec.vocab_size or not math.isfinite(bias):
             raise RequestError(
@@ -315,3 +304,21 @@ def _require_sampling(sampling: SamplingParams, spec: ModelSpec) -> None:
                 f"{spec.vocab_size - 1}, and biases finite",
                 param="logit_bias",
             )
+
+
+def sampling_faults(sampling: SamplingParams) -> list[tuple[str, str]]:
+    """Names of the numbers that are out of range, each with its value and the rule."""
+    rules = (
+        ("temperature", 0 <= sampling.temperature < math.inf, "not negative, and finite"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", sampling.top_k >= 0, "not negative"),
+        ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
+        ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
+        ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
+        ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0, and finite"),
+    )
+    return [
+        (param, f"{getattr(sampling, param)}: must be {rule}")
+        for param, holds, rule in rules
+        if not holds
+    ]
