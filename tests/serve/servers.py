@@ -10,16 +10,31 @@ from typing import Any
 
 import httpx
 import uvicorn
-from engines import serving
+from engines import TOKENIZER, _model, serving
 
+from paceline.decode.grammar import Grammars
+from paceline.decode.grammar_check import GrammarCheck
 from paceline.serve.api.app import create_app
 from paceline.serve.api.keys import ApiKeys
 from paceline.serve.api.server import listen
 from paceline.serve.engine import Engine
+from paceline.serve.executor.local import LocalExecutor
+from paceline.serve.load import BLOCK_SIZE
+from paceline.serve.schedule.base import Budget
+from paceline.serve.schedule.stall_free import stall_free
 
 NAME = "tiny"
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def grammar_engine() -> Engine:
+    """A new engine around a tiny random model that can be held to grammars."""
+    spec = _model().spec
+    grammars = Grammars(TOKENIZER, spec.vocab_size)
+    executor = LocalExecutor(_model(), 256, BLOCK_SIZE, grammars)
+    check = GrammarCheck(grammars)
+    return Engine(executor, stall_free, Budget(512, 8), spec, TOKENIZER, grammars=check)
 
 
 @contextmanager

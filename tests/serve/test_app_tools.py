@@ -6,10 +6,20 @@ import json
 
 import httpx
 import pytest
-from engines import TOKENIZER, Scripted, encode, real_engine, scripted_engine
+from engines import TOKENIZER, Scripted, encode, scripted_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import CHAT, COMPLETIONS, MESSAGES, answer, chunks, error_of, live, post
+from servers import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    answer,
+    chunks,
+    error_of,
+    grammar_engine,
+    live,
+    post,
+)
 
 from paceline.models.tokenizer import Tokenizer
 from paceline.serve.api.formats import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
@@ -56,10 +66,6 @@ class Saying(Scripted):
     def say(self, text):
         self.ids = TOKENIZER.encode(text + "<|im_end|>")
         self._prompt_ends.clear()
-
-    @property
-    def prompt(self):
-        return TOKENIZER.decode(self.steps[-len(self.ids)][0].tokens)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +147,7 @@ def test_with_no_choice_tools_are_not_shown(http, executor):
     executor.say(ADD)
     body = answer(http, CHAT, tools=TOOLS, tool_choice="none", max_tokens=500)
     assert said(body["choices"][0]) == (ADD, [], "stop")
-    assert executor.prompt == "[user]hi[assistant]"
+    assert body["usage"]["prompt_tokens"] == len("[user]hi[assistant]")
 
 
 def test_tools_and_their_answers_are_shown_to_the_model(http, executor):
@@ -153,12 +159,15 @@ def test_tools_and_their_answers_are_shown_to_the_model(http, executor):
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "three"}]},
     ]
-    answer(http, CHAT, tools=[tool("add", {}, description="Adds.")], messages=conversation)
-    assert executor.prompt == (
+    asked = {"tools": [tool("add", {}, description="Adds.")], "messages": conversation}
+    prompt = (
         '{"type": "function", "function": {"name": "add", "description": "Adds.", '
         '"parameters": {}}}\n<tool_call>[system]Be brief.[user]hi[assistant]'
         '<tool_call>add{"a": 1}</tool_call>[tool]three[assistant]'
     )
+    tokens = http.post("/tokenize", json=asked).json()["tokens"]
+    assert TOKENIZER.decode(tokens) == prompt
+    assert answer(http, CHAT, **asked)["usage"]["prompt_tokens"] == len(tokens)
 
 
 PIECES = [ADD, STOP, "<tool_call>", "</tool_call>", " ", "\n", "é", "ok", '{"name": "rm"}']
@@ -217,7 +226,7 @@ def test_what_is_refused(http, fields, param):
 @pytest.fixture(scope="module")
 def real():
     """A server around a real model that was not taught to call tools."""
-    with live(real_engine()) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with live(grammar_engine()) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client
 
 
@@ -245,7 +254,7 @@ def test_calls_that_are_not_json():
 @pytest.fixture(scope="module")
 def calling():
     """A server around a real model with a template that shows tools."""
-    engine = real_engine()
+    engine = grammar_engine()
     engine.tokenizer = knowing(TEMPLATE)
     with live(engine) as address, httpx.Client(base_url=address, timeout=60) as client:
         yield client
