@@ -86,6 +86,9 @@ def test_the_model_and_the_version(http):
     (card,) = http.get("/v1/models").json()["data"]
     assert (card["id"], card["max_model_len"]) == (NAME, SPEC.max_positions)
     assert http.get("/version").json() == {"version": paceline.__version__}
+    info = http.get("/tokenizer_info").json()
+    assert info["eos_token"] == "<|endoftext|>"
+    assert info["chat_template"] == TOKENIZER.chat_template
 
 
 # What tokens are called

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from paceline.core.errors import PacelineError, RequestError
 from paceline.serve.request import FinishReason
 
+_TYPE_NAMES = ("str", "constrained-str", "constrained-list", "NamedTool")
 _STOPPED = "the engine stopped before the answer was done"
 
 
@@ -97,4 +98,4 @@ def _explain(error: dict[str, Any]) -> str:
 
 def _is_type_name(part: str | int) -> bool:
     """Whether a part of a location is pydantic's name of a union's member, not a field's."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
+    return isinstance(part, str) and ("[" in part or part in _TYPE_NAMES)

@@ -11,8 +11,6 @@ from pydantic import Field
 from paceline.core.errors import RequestError
 from paceline.serve.api.strict import Content, Strict, plain_text
 
-Messages = Annotated[list["Message"], Field(min_length=1, max_length=4096)]
-
 
 class CalledFunction(Strict):
     """What an earlier answer has called."""
@@ -68,6 +66,9 @@ class Message(Strict):
         if (self.tool_call_id is not None) != (self.role == "tool"):
             message = f"{where}.tool_call_id: a tool's message has one, and no other"
             raise RequestError(message, param=f"{where}.tool_call_id")
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -66,6 +66,13 @@ def tokenizing(engine: Engine, model_name: str) -> APIRouter:
         decode = engine.tokenizer.backend.decode
         return {"prompt": decode(body.tokens, skip_special_tokens=False)}
 
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        tokenizer = engine.tokenizer
+        ends = [tokenizer.backend.id_to_token(number) for number in tokenizer.eos_ids]
+        template = {"chat_template": tokenizer.chat_template}
+        return {"eos_token": ends[0] if ends else None, **tokenizer.special_tokens, **template}
+
     @router.get("/version")
     async def version() -> dict[str, str]:
         return {"version": paceline.__version__}
