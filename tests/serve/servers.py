@@ -43,7 +43,7 @@ def live(engine: Engine, *, keys: Sequence[str] = ()) -> Generator[str]:
     listener = listen("127.0.0.1", 0, ApiKeys([]))
     app = create_app(engine, NAME, ApiKeys(list(keys)))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
     with serving(engine):
         thread.start()
         try:
