@@ -16,11 +16,17 @@ import pytest
 import torch
 from engines import TOKENIZER, _model, encode, real_engine
 from servers import MESSAGES, NAME, grammar_engine, live
-from test_app_tools import TEMPLATE, knowing
+from test_app_tools import knowing
 
 from paceline.models.tokenizer import tokenizer_files
 
 pytestmark = pytest.mark.cpu
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}<tool_call>"
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{{ message.tool_calls or '' }}{% endfor %}"
+)
 
 
 class Pick(pydantic.BaseModel):
@@ -50,7 +56,7 @@ def client(address):
 
 def test_a_schema_is_parsed(client):
     completion = client.chat.completions.parse(
-        model=NAME, messages=MESSAGES, response_format=Pick, max_completion_tokens=200
+        model=NAME, messages=MESSAGES, response_format=Pick, max_completion_tokens=400, seed=1
     )
     assert isinstance(completion.choices[0].message.parsed, Pick)
 
@@ -61,7 +67,8 @@ def test_a_call_is_parsed(client):
         messages=MESSAGES,
         tools=[openai.pydantic_function_tool(Pick)],
         tool_choice="required",
-        max_completion_tokens=200,
+        max_completion_tokens=400,
+        seed=1,
     )
     (call,) = completion.choices[0].message.tool_calls
     assert call.function.name == "Pick"
@@ -73,7 +80,7 @@ def test_a_conversation_with_tools_goes_on(client):
     """What came back is sent again, as the client has it."""
     tools = [openai.pydantic_function_tool(Pick)]
     first = client.chat.completions.create(
-        model=NAME, messages=MESSAGES, tools=tools, tool_choice="required", max_tokens=200
+        model=NAME, messages=MESSAGES, tools=tools, tool_choice="required", max_tokens=400, seed=1
     )
     message = first.choices[0].message
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "taken"}
@@ -90,7 +97,8 @@ def test_a_call_in_a_stream(client):
         messages=MESSAGES,
         tools=[openai.pydantic_function_tool(Pick)],
         tool_choice={"type": "function", "function": {"name": "Pick"}},
-        max_completion_tokens=200,
+        max_completion_tokens=400,
+        seed=1,
         stream_options={"include_usage": True},
     ) as stream:
         kinds = {event.type for event in stream}

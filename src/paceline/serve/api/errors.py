@@ -82,12 +82,23 @@ def shape_errors(app: FastAPI) -> None:
 def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the errors in the first field at fault, the one deepest inside it.
 
-    A value that may be of two types has an error for each, one of them only that it is not the
-    other.
+    A value that may be of several types has errors for each. It is taken to be meant as the one
+    with the fewest, of those for which it is not of another kind altogether.
     """
     field = errors[0]["loc"][1:2]
-    there = [error for error in errors if error["loc"][1:2] == field]
-    return max(there, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+    by_type: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
+    for error in errors:
+        if error["loc"][1:2] == field:
+            by_type.setdefault(_type_of(error["loc"]), []).append(error)
+    meant = [found for found in by_type.values() if not found[0]["type"].endswith("_type")]
+    closest = min(meant or by_type.values(), key=len)
+    return max(closest, key=lambda error: len(error["loc"]))
+
+
+def _type_of(location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """A location up to the first name of a union's member."""
+    ends = (place + 1 for place, part in enumerate(location) if _is_type_name(part))
+    return tuple(location[: next(ends, 0)])
 
 
 def _explain(error: dict[str, Any]) -> str:

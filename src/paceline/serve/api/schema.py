@@ -213,7 +213,7 @@ class ChatBody(Sampled):
     def _require_sound(self) -> None:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are two names of one limit"
-            raise RequestError(message, param="max_tokens", hint="give one of them")
+            raise RequestError(message, param="max_completion_tokens", hint="give one of them")
         if self.max_tokens == 0:
             raise RequestError("max_tokens = 0 must be positive", param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
@@ -292,11 +292,12 @@ def chat_prompt_ids(
     Raises:
         RequestError: the template cannot put it into words.
     """
+    conversation = plain_messages(messages)
     if any(message.is_about_tools for message in messages):
         require_template_with_tools(tokenizer, "messages")
     prompt = render_chat(
         tokenizer,
-        plain_messages(messages),
+        conversation,
         add_generation_prompt=add_generation_prompt,
         tools=use.shown,
     )
