@@ -85,6 +85,8 @@ def test_another_model(http):
 def test_the_model_and_the_version(http):
     (card,) = http.get("/v1/models").json()["data"]
     assert (card["id"], card["max_model_len"]) == (NAME, SPEC.max_positions)
+    assert http.get(f"/v1/models/{NAME}").json() == card
+    assert error_of(http.get("/v1/models/some/other"), 404)["param"] == "model"
     assert http.get("/version").json() == {"version": paceline.__version__}
     info = http.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|endoftext|>"

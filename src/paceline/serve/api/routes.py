@@ -19,6 +19,7 @@ from paceline.serve.api.token_routes import require_model
 from paceline.serve.api.token_texts import TokenTexts
 from paceline.serve.engine import Engine
 
+_MAX_COMPILING = 2
 _Body = ChatBody | CompletionBody
 
 
@@ -31,7 +32,6 @@ def answering(engine: Engine, model_name: str) -> APIRouter:
     """
     router = APIRouter(prefix="/v1")
     desk = _Desk(engine, model_name)
-    started = int(time.time())
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatBody, http: Request) -> Response:
@@ -41,11 +41,24 @@ def answering(engine: Engine, model_name: str) -> APIRouter:
     async def completions(body: CompletionBody, http: Request) -> Response:
         return await desk.complete(body, CompletionShape(), http)
 
+    card = {
+        "id": model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "paceline",
+        "root": model_name,
+        "parent": None,
+        "max_model_len": engine.spec.max_positions,
+    }
+
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        card = {"id": model_name, "object": "model", "created": started, "owned_by": "paceline"}
-        more = {"root": model_name, "parent": None, "max_model_len": engine.spec.max_positions}
-        return {"object": "list", "data": [card | more]}
+        return {"object": "list", "data": [card]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        require_model(name, model_name)
+        return card
 
     return router
 
@@ -62,6 +75,7 @@ class _Desk:
         self._engine, self._model_name = engine, model_name
         self._texts = TokenTexts(engine.tokenizer)
         self._handover: Handover | None = None
+        self._compiling = asyncio.Semaphore(_MAX_COMPILING)
 
     async def complete(self, body: _Body, shape: Shape, http: Request) -> Response:
         """The answer to a body: a stream, or the whole once it is there."""
@@ -78,24 +92,23 @@ class _Desk:
 
     async def _begin(self, body: _Body, http: Request) -> Answers:
         try:
-            # Long texts take a while to become tokens; the event loop has others to serve.
-            asked = await run_in_threadpool(
-                body.to_asked, self._engine.tokenizer, self._engine.spec
-            )
+            asked = await self._read(body)
             return Answers(self._engine, self._handover_here(), _by(asked, http))
         except RequestError as error:
             error.param = body.field_of(error.param)
             raise
 
-    def _read(self, body: _Body) -> Asked:
-        """What a body asks for, known to be answerable.
+    async def _read(self, body: _Body) -> Asked:
+        """What a body asks for, with a grammar that is known to be usable.
 
-        Not the event loop's work: long texts take a while to become tokens, and so do grammars to
-        be compiled.
+        Not the event loop's work: long texts take a while to become tokens. Grammars to be compiled
+        wait for each other, lest they take all threads from those who have none.
         """
-        asked = body.to_asked(self._engine.tokenizer, self._engine.spec)
-        for request in asked.requests:
-            self._engine.require(request)
+        tokenizer, spec = self._engine.tokenizer, self._engine.spec
+        asked = await run_in_threadpool(body.to_asked, tokenizer, spec)
+        if asked.requests[0].grammar is not None:
+            async with self._compiling:
+                await run_in_threadpool(self._engine.require, asked.requests[0])
         return asked
 
     def _handover_here(self) -> Handover:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
 
@@ -23,7 +22,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend
         self._added = dict(self._backend.get_added_tokens_decoder())
-        self._is_byte_level = '"ByteLevel"' in json.dumps(_decoder_of(tokenizer))
+        self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
@@ -57,10 +56,6 @@ class TokenTexts:
         if (match := _BYTE.fullmatch(piece)) is not None:
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()
-
-
-def _decoder_of(tokenizer: Tokenizer) -> object:
-    return json.loads(tokenizer.backend.to_str()).get("decoder")
 
 
 @cache
