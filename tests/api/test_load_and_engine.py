@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -91,6 +93,50 @@ def test_a_chat_is_its_template(engine):
 def test_sampling_out_of_range(engine, options, message):
     with pytest.raises(UsageError, match=message):
         engine.generate("pace", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 1.0}, "unknown key 'temprature'"),
+        ({"max_tokens": "5"}, 'max_tokens = "5": must be a whole number'),
+        ({"stop": 5}, "a text or a list of texts"),
+        ({"regex": "a", "json_object": True}, "three ways"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+    ],
+)
+def test_options_that_are_none(engine, options, message):
+    with pytest.raises(UsageError, match=message):
+        engine.generate("pace", **options)
+
+
+def test_log_probabilities(engine):
+    (answer,) = engine.generate("pace", max_tokens=3, logprobs=2, prompt_logprobs=0)
+    assert tuple(one.token for one in answer.logprobs) == answer.token_ids
+    assert all(one.top[0] == (one.token, one.logprob) for one in answer.logprobs)  # greedy
+    assert [one.token for one in answer.prompt_logprobs] == engine.tokenizer.encode("pace")[1:]
+    (plain,) = engine.generate("pace", max_tokens=3)
+    assert (plain.token_ids, plain.logprobs) == (answer.token_ids, ())
+
+
+def test_what_an_answer_must_be(engine):
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    (answer,) = engine.generate("pace", json_schema=schema, temperature=1.0, seed=2)
+    assert json.loads(answer.text) == {"a": 1}
+    assert engine.generate("pace", regex="x{3}")[0].text == "xxx"
+    token = engine.tokenizer.encode("y")[0]
+    answer = engine.chat(
+        [{"role": "user", "content": "z"}],
+        logit_bias={token: 100.0},
+        max_tokens=4,
+        stop_token_ids=(token,),
+        min_tokens=2,
+    )
+    assert answer.token_ids[-1] == token
+    assert len(answer.token_ids) == 3
+    with pytest.raises(RequestError, match="the regular expression cannot be used"):
+        engine.generate("pace", regex="(")
 
 
 def test_a_prompt_that_cannot_be_answered(engine):

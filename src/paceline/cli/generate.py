@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from paceline.serve.offline import Progress
     from paceline.serve.options import Options
 
+_ASKED = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
+    *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids"),
+    *("ignore_eos", "logprobs", "json_schema", "regex", "json_object"),
+)
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="What to ask.")],
@@ -75,27 +81,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, or those of a file; a text goes to stdout as it comes."""
+    given = locals()  # whose names are those of `Options`
     _require_one(prompt, input_file, output_file, resume)
     asked = options(
-        default_seed=None if input_file is None else 0,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-        logit_bias=logit_bias,
-        seed=seed,
-        stop=stop,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        json_schema=json_schema,
-        regex=regex,
-        json_object=json_object,
+        default_seed=None if input_file is None else 0, **{name: given[name] for name in _ASKED}
     )
     engine = load_engine(model, adapter, plan_file, settings, dtype, device)
     if prompt is not None:

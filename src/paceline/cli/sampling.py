@@ -91,7 +91,7 @@ def _biases(pairs: list[str]) -> tuple[tuple[int, float], ...]:
     try:
         return read_logit_bias({token: bias for token, _, bias in halves})
     except UsageError as error:
-        raise UsageError(f"--{error.message}", hint="--logit-bias TOKEN_ID=BIAS") from error
+        raise UsageError(f"--logit-bias {' '.join(pairs)}: must be TOKEN_ID=BIAS") from error
 
 
 def _schema_text(schema: str | None) -> str | None:

@@ -16,7 +16,7 @@ from paceline.decode.grammar_library import compiled, first_line, library_tokeni
 from paceline.decode.processors import DeadEndError, History
 from paceline.models.tokenizer import Tokenizer
 
-_NUM_KEPT = 64  # compiled grammars
+_NUM_KEPT = 32  # compiled grammars; the largest take a hundred megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,9 @@ class Grammar:
     """What an answer's text must be.
 
     Attributes:
-        kind: ``json``: JSON of a schema; ``regex``: what a regular expression matches as a whole;
-            ``json-object``: any JSON object.
+        kind: ``json``: JSON of a schema; ``regex``: what a regular expression matches as a whole,
+            where a digit is one of ten and a letter one of ASCII's; ``json-object``: any JSON
+            object.
         text: the schema as JSON or the regular expression; empty for any JSON object.
     """
 
@@ -50,23 +51,12 @@ class Grammars:
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def mask(self, grammar: Grammar) -> GrammarMask:
-        """A mask for one answer, at its beginning.
+    def compiled(self, grammar: Grammar) -> Any:
+        """The library's matcher at the beginning of an answer, which is copied for each.
 
         Raises:
             RequestError: the grammar is none.
         """
-        return GrammarMask(self._matcher(grammar).deep_copy())
-
-    def warm(self, grammar: Grammar) -> None:
-        """Compiles a grammar now, so that `mask` need not.
-
-        Raises:
-            RequestError: the grammar is none.
-        """
-        self._matcher(grammar)
-
-    def _matcher(self, grammar: Grammar) -> Any:
         with self._lock:
             matcher = self._compiled.get(grammar)
         if matcher is None:  # outside the lock: the engine's thread takes it too
@@ -89,14 +79,18 @@ class GrammarMask:
     """Drops the tokens that a grammar does not allow: a sampler processor.
 
     Args:
-        matcher: the library's, at the beginning of an answer.
+        grammars: that it is one of.
+        grammar: of one answer.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, grammars: Grammars, grammar: Grammar) -> None:
+        self._grammars, self._grammar = grammars, grammar
+        self._matcher: Any = None
         self._num_consumed = 0
 
     def __call__(self, logits_V: Tensor, history: History) -> Tensor:
+        if self._matcher is None:
+            self._matcher = self._grammars.compiled(self._grammar).deep_copy()
         self._follow(history)
         allowed_V = self._allowed(len(logits_V))
         masked_V = logits_V.masked_fill(~allowed_V, -torch.inf)

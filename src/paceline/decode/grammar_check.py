@@ -38,7 +38,7 @@ class GrammarBounds:
 
     max_chars: int = 1 << 16
     compile_s: float = 3.0
-    memory_bytes: int = 256 << 20
+    memory_bytes: int = 128 << 20
     start_s: float = 120.0
 
 
@@ -52,9 +52,9 @@ class GrammarCheck:
 
     def __init__(self, grammars: Grammars, bounds: GrammarBounds | None = None) -> None:
         self._grammars, self._bounds = grammars, bounds or GrammarBounds()
-        self._outcomes: OrderedDict[Grammar, str | None] = OrderedDict()
+        self._outcomes: OrderedDict[Grammar, str] = OrderedDict()
         self._worker: _Worker | None = None
-        self._lock = threading.Lock()
+        self._lock, self._trial = threading.Lock(), threading.Lock()
 
     def require(self, grammar: Grammar) -> None:
         """Returns once the grammar can be used; at once where it has been asked for before.
@@ -69,32 +69,45 @@ class GrammarCheck:
             )
         if not self._grammars.tokenizer.eos_ids:
             raise RequestError("the model has no token that ends an answer", param="grammar")
-        with self._lock:
-            if grammar not in self._outcomes:
-                self._remember(grammar, self._tried(grammar))
-            error = self._outcomes[grammar]
-        if error is not None:
+        error = self._known(grammar)
+        if error is None:
+            with self._trial:  # others wait here, those that are known do not
+                error = self._known(grammar)
+                if error is None:
+                    error = self._tried(grammar)
+                    self._remember(grammar, error)
+        if error:
             raise RequestError(error, param="grammar")
-        self._grammars.warm(grammar)
+        self._grammars.compiled(grammar)
 
-    def _remember(self, grammar: Grammar, error: str | None) -> None:
-        self._outcomes[grammar] = error
-        while len(self._outcomes) > _NUM_KEPT:
-            self._outcomes.popitem(last=False)
+    def _known(self, grammar: Grammar) -> str | None:
+        """Why the grammar cannot be used, empty if it can be, None if it is not known."""
+        with self._lock:
+            return self._outcomes.get(grammar)
 
-    def _tried(self, grammar: Grammar) -> str | None:
-        """Why the grammar cannot be used."""
-        if self._worker is None or not self._worker.is_alive:
-            self._worker = None
-            self._worker = _Worker(self._grammars, self._bounds)
-        try:
-            return self._worker.ask(
-                {"kind": grammar.kind, "text": grammar.text}, self._bounds.compile_s
-            )
-        except TimeoutError:
-            return f"the grammar takes more than {self._bounds.compile_s} s to compile"
-        except EOFError as error:
-            return f"the grammar could not be compiled: {error}"
+    def _remember(self, grammar: Grammar, error: str) -> None:
+        with self._lock:
+            self._outcomes[grammar] = error
+            while len(self._outcomes) > _NUM_KEPT:
+                self._outcomes.popitem(last=False)
+
+    def _tried(self, grammar: Grammar) -> str:
+        """Why the grammar cannot be used; empty if it can be.
+
+        A process that ends may have been ended by another's hand, so it is tried twice.
+        """
+        line, why = {"kind": grammar.kind, "text": grammar.text}, ""
+        for _ in range(2):
+            if self._worker is None or not self._worker.is_alive:
+                self._worker = None  # the last one's end
+                self._worker = _Worker(self._grammars, self._bounds)
+            try:
+                return self._worker.ask(line, self._bounds.compile_s) or ""
+            except TimeoutError:
+                return f"the grammar takes more than {self._bounds.compile_s} s to compile"
+            except EOFError as error:
+                why = str(error)
+        return f"the grammar takes more memory than it may, or else: {why}"
 
 
 class _Worker:

@@ -11,6 +11,7 @@ from typing import Any
 from paceline.core.errors import RequestError
 
 _JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,24}"  # without an end to it, weak models never go on
+_MAX_LEXER_STATES = 25_000  # of 1 to 2 kB, made as an answer needs them
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -35,7 +36,7 @@ def compiled(kind: str, text: str, tokenizer: Any) -> Any:
     """
     import llguidance
 
-    bounds = llguidance.LLParserLimits(verbose_errors=False)
+    bounds = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = llguidance.LLMatcher(tokenizer, _source(kind, text), limits=bounds, log_level=0)
     except ValueError as error:
@@ -52,10 +53,10 @@ def first_line(text: str) -> str:
 
 
 def _source(kind: str, text: str) -> str:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='dw')}/")
     schema = text if kind == "json" else _ANY_OBJECT
     options: Any = {"whitespace_pattern": _JSON_SPACE, "lenient": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)

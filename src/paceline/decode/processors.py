@@ -59,7 +59,7 @@ class Counts:
             tokens: the sequence; up to its last call's end it is what it was then.
             start: index of the first token that counts.
         """
-        while len(self._counted) > len(tokens) - start:
+        while len(self._counted) > max(0, len(tokens) - start):
             self._add(self._counted.pop(), -1)
         for token in tokens[start + len(self._counted) :]:
             self._counted.append(token)
@@ -110,7 +110,7 @@ class Occurrence:
 
     def __call__(self, logits_V: Tensor, history: History) -> Tensor:
         tokens_U, counts_U = self._counts.follow(history.tokens, history.num_prompt)
-        penalties_U = self._frequency * counts_U + self._presence * (counts_U > 0)
+        penalties_U = self._frequency * counts_U + self._presence * (counts_U > 0).double()
         return logits_V.index_add(0, tokens_U, penalties_U, alpha=-1)
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from paceline.core import rng
-from paceline.decode.grammar import Grammar, GrammarMask, Grammars
+from paceline.core.errors import RequestError
+from paceline.decode.draw import Draw, SamplingParams
+from paceline.decode.grammar import GrammarMask, Grammars
 from paceline.decode.logprobs import Sampled, with_logprobs
 from paceline.decode.processors import (
     Bias,
@@ -35,67 +37,6 @@ from paceline.decode.processors import (
     TopK,
     TopP,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the most likely token; else logits are divided by it.
-        top_k: how many of the most likely tokens are kept; 0 for all.
-        top_p: the most likely tokens are kept until their probabilities reach it.
-        min_p: tokens less likely than this share of the likeliest one are dropped; 0 for none.
-        presence_penalty: taken off the logit of each token that the answer holds.
-        frequency_penalty: taken off it as many times as the answer holds the token.
-        repetition_penalty: positive logits of tokens of the prompt and the answer are divided by
-            it, negative ones multiplied; 1 for none.
-        logit_bias: pairs of a token and what is added to its logit.
-        seed: of the noise.
-        stream: which of several answers with one seed this is.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-    stream: int = 0
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether what comes before matters beside the logits."""
-        penalties = (self.presence_penalty, self.frequency_penalty)
-        return any(penalties) or self.repetition_penalty != 1
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token that is to be chosen; plain data, so that another process may do it.
-
-    Attributes:
-        params: how.
-        position: index of the new token in its sequence, the prompt included.
-        history: the tokens before it, a view that grows; empty where nothing needs them.
-        num_prompt: how many of them are the prompt's.
-        num_logprobs: likeliest tokens that are told of; None for no log-probabilities.
-        min_tokens: the answer's least length.
-        end_ids: tokens that end it; empty where it has no least length.
-        grammar: what the answer's text must be.
-    """
-
-    params: SamplingParams
-    position: int
-    history: Sequence[int] = ()
-    num_prompt: int = 0
-    num_logprobs: int | None = None
-    min_tokens: int = 0
-    end_ids: tuple[int, ...] = ()
-    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +91,16 @@ class Sampler:
     def _chain(self, request_id: int, draw: Draw) -> Chain:
         chain = self._chains.get(request_id)
         if chain is None:
-            mask = None
-            if draw.grammar is not None:
-                assert self._grammars is not None, "a grammar that nobody has checked"
-                mask = self._grammars.mask(draw.grammar)
-            chain = self._chains[request_id] = chain_of(draw, mask)
+            chain = self._chains[request_id] = chain_of(draw, self._grammars)
         return chain
 
 
-def chain_of(draw: Draw, mask: GrammarMask | None = None) -> Chain:
+def chain_of(draw: Draw, grammars: Grammars | None = None) -> Chain:
     """What a request asks to be done to its logits.
 
     Args:
         draw: of any of its tokens.
-        mask: of its grammar.
+        grammars: that its own is one of.
     """
     params = draw.params
     allow: list[Processor] = []
@@ -173,8 +110,9 @@ def chain_of(draw: Draw, mask: GrammarMask | None = None) -> Chain:
         allow.append(Occurrence(params.presence_penalty, params.frequency_penalty))
     if params.logit_bias:
         allow.append(Bias(params.logit_bias))
-    if mask is not None:
-        allow.append(mask)
+    if draw.grammar is not None:
+        assert grammars is not None, "a grammar that nobody has checked"
+        allow.append(GrammarMask(grammars, draw.grammar))
     if draw.end_ids and draw.min_tokens:
         allow.append(NoEnd(draw.min_tokens, draw.end_ids))
     return Chain(tuple(allow), _cut(params))
@@ -211,9 +149,7 @@ def sample_rows(
     tokens: dict[int, int | Refused] = {}
     if greedy:
         tokens |= zip(greedy, _rows(logits_RV, greedy).argmax(dim=-1).tolist(), strict=True)
-    for row in plain:
-        tokens[row] = sample(logits_RV[row], draws[row].params, draws[row].position)
-    for row in others:
+    for row in (*plain, *others):
         tokens[row] = _sample_processed(logits_RV[row], draws[row], chains[row])
     return _told(logits_RV, draws, [tokens[row] for row in range(len(draws))])
 
@@ -255,11 +191,11 @@ def _sample_processed(logits_V: Tensor, draw: Draw, chain: Chain) -> int | Refus
     try:
         for process in (*chain.allow, *chain.cut):
             scores_V = process(scores_V, history)
-    except DeadEndError as error:
-        return Refused(str(error))
-    if draw.params.temperature == 0:
-        return int(scores_V.argmax())
-    return _choose(scores_V, draw.params, draw.position)
+        if draw.params.temperature == 0:
+            return int(scores_V.argmax())
+        return _choose(scores_V, draw.params, draw.position)
+    except (DeadEndError, RequestError) as error:
+        return Refused(error.message)
 
 
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
@@ -293,6 +229,8 @@ def processed_logits(
 def _choose(scores_V: Tensor, params: SamplingParams, position: int) -> int:
     """A sample from unnormalised log-probabilities; noise is made for what is left of them."""
     kept_U = (scores_V > -torch.inf).nonzero()[:, 0]
+    if len(kept_U) == 0:
+        raise DeadEndError("no token is left to choose from; the model's logits are no numbers")
     noise_U = rng.gumbel(
         len(scores_V),
         seed=params.seed,

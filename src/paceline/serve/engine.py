@@ -23,9 +23,9 @@ from paceline.serve.request import (
     FinishReason,
     Request,
     RequestState,
-    require_servable,
 )
 from paceline.serve.schedule.base import Budget, Policy, StepPlan
+from paceline.serve.servable import require_servable
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from typing import Any
 from paceline.core.errors import UnknownNameError, UsageError
 from paceline.decode.grammar import Grammar
 from paceline.decode.sampler import SamplingParams
-from paceline.serve.request import Request, sampling_faults
+from paceline.serve.request import Request
+from paceline.serve.servable import sampling_faults
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
