@@ -70,7 +70,7 @@ class Delta:
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
-        num_found: how many of the prompt's tokens were found in the cache; in the last delta.
+        num_found: how many of the prompt's tokens were found in the cache.
     """
 
     text: str
@@ -191,12 +191,21 @@ class AnswerText:
         self._decoder, self._scanner = IncrementalDecoder(tokenizer), StopScanner(stop)
         self._end_ids, self._num_unscanned = end_ids, min_tokens
 
-    def push(self, sampled: Sampled, reason: FinishReason | None) -> Delta:
+    def push(
+        self,
+        sampled: Sampled,
+        reason: FinishReason | None,
+        *,
+        prompt: tuple[Sampled, ...] = (),
+        num_found: int = 0,
+    ) -> Delta:
         """The part of the answer that a token completes.
 
         Args:
             sampled: the token.
             reason: that it ends the answer for, as far as tokens tell.
+            prompt: what is told of the prompt's tokens with it.
+            num_found: how many of these were found in the cache.
         """
         text, is_stopped = "", False
         if sampled.token not in self._end_ids:
@@ -206,7 +215,8 @@ class AnswerText:
             rest, is_stopped = self._scanner.push(self._decoder.finish())
             text += rest if is_stopped else rest + self._scanner.finish()
         told = () if sampled.logprob is None else (sampled,)
-        return Delta(text, (sampled.token,), "stop" if is_stopped else reason, sampled=told)
+        reason = "stop" if is_stopped else reason
+        return Delta(text, (sampled.token,), reason, "", told, prompt, num_found)
 
     def _scan(self, text: str) -> tuple[str, bool]:
         """As the scanner's `push`, of what one token says."""

@@ -103,7 +103,7 @@ class Choice:
         is_last_call = bool(found.calls) and self._use.is_single
         self.has_ended = delta.finish_reason is not None
         self.is_done = self.has_ended or is_last_call
-        self.num_found = max(self.num_found, delta.num_found)
+        self.num_found = delta.num_found
         reason = self._reason(delta.finish_reason) if self.is_done else None
         return Piece(text, found.calls, told, reason)
 
