@@ -81,7 +81,7 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool = False
 
 
-class Sampled(Strict):
+class CommonBody(Strict):
     """What both kinds of completion take.
 
     `user`, `metadata`, `store` and `service_tier` say nothing about the answer: what OpenAI's
@@ -174,7 +174,7 @@ class Sampled(Strict):
         )
 
 
-class ChatBody(Sampled):
+class ChatBody(CommonBody):
     """``POST /v1/chat/completions``."""
 
     messages: Messages
@@ -228,7 +228,7 @@ class ChatBody(Sampled):
         return grammar or use.grammar
 
 
-class CompletionBody(Sampled):
+class CompletionBody(CommonBody):
     """``POST /v1/completions``."""
 
     prompt: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -64,7 +64,7 @@ class ToolUse:
 
     shown: Sequence[dict[str, Any]] = ()
     grammar: Grammar | None = None
-    new_reader: Callable[[], Reader] | None = field(default=None)
+    new_reader: Callable[[], Reader] | None = None
     is_named: bool = False
     is_single: bool = False
 
