@@ -47,6 +47,8 @@ TAGGED = [
     ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>',) * 2 + ([],),
     ('<tool_call>{"name": "add", "arguments": 3}</tool_call>',) * 2 + ([],),
     ('<tool_call>{"name": "add", "arguments": "{}"}</tool_call>', "", [Call("add", "{}")]),
+    ('<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',) * 2 + ([],),
+    ('<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>',) * 2 + ([],),
     ('<tool_call>{"name": "add", "argum',) * 2 + ([],),
     ('<tool_call>{"name": "add</tool_call> ',) * 2 + ([],),
     ("<tool_call>" + "[" * 100_000 + "</tool_call>",) * 2 + ([],),

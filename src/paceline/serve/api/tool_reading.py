@@ -195,4 +195,7 @@ def _call(value: Any, names: Collection[str]) -> Call | None:
         arguments = _loaded(arguments)
     if not isinstance(arguments, dict):
         return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
+    try:  # Python reads numbers that are not JSON, as NaN
+        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        return None
