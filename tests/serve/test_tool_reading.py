@@ -49,6 +49,13 @@ TAGGED = [
     ('<tool_call>{"name": "add", "arguments": "{}"}</tool_call>', "", [Call("add", "{}")]),
     ('<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',) * 2 + ([],),
     ('<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>',) * 2 + ([],),
+    ('<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>',) * 2 + ([],),
+    (f'<tool_call>{{"name": "add", "arguments": {{"a": {"1" * 5000}}}}}</tool_call>',) * 2 + ([],),
+    (
+        '<tool_call>{"name": "add", "arguments": {"a": "1\n2"}}</tool_call>',
+        "",
+        [Call("add", '{"a": "1\\n2"}')],
+    ),
     ('<tool_call>{"name": "add", "argum',) * 2 + ([],),
     ('<tool_call>{"name": "add</tool_call> ',) * 2 + ([],),
     ("<tool_call>" + "[" * 100_000 + "</tool_call>",) * 2 + ([],),

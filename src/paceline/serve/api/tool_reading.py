@@ -165,9 +165,9 @@ def _begun(text: str, tag: str) -> int:
 
 
 def _loaded(text: str) -> Any:
-    """The JSON value of a text, or None."""
+    """The JSON value of a text, or None; models write line breaks into strings."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -175,10 +175,10 @@ def _loaded(text: str) -> Any:
 def _ends_in_string(text: str) -> bool:
     """Whether a text is JSON that stops inside a string."""
     try:
-        json.loads(text)
+        json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         return error.msg.startswith("Unterminated string")
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of too many digits, lists too deep
         pass
     return False
 
@@ -195,7 +195,9 @@ def _call(value: Any, names: Collection[str]) -> Call | None:
         arguments = _loaded(arguments)
     if not isinstance(arguments, dict):
         return None
-    try:  # Python reads numbers that are not JSON, as NaN
-        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    try:  # Python reads more than can be sent: numbers as NaN, halves of characters
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()
     except ValueError:
         return None
+    return Call(name, text)
