@@ -311,11 +311,28 @@ def test_two_names_of_one_limit(http):
     assert error["param"] == "max_completion_tokens"
 
 
-def test_half_a_character(http):
-    body = b'{"model": "tiny", "prompt": "\\ud800"}'
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        (b'"prompt": "\\ud800"', "prompt"),
+        (b'"prompt": "x", "\\ud800": 1', "?"),
+        (b'"prompt": "x", "logit_bias": {"\\ud800": 1}', "logit_bias.?"),
+        (b'"prompt": "x", "stop": "\\ud800"', "stop"),
+        (b'"prompt": ["\\ud800"]', "prompt"),
+    ],
+)
+def test_half_a_character(http, field, param):
     headers = {"content-type": "application/json"}
-    error = error_of(http.post(COMPLETIONS, content=body, headers=headers))
-    assert error["param"] == "prompt"
+    content = b'{"model": "tiny", ' + field + b"}"
+    error = error_of(http.post(COMPLETIONS, content=content, headers=headers))
+    assert error["param"] == param
+
+
+def test_half_a_model(http):
+    body = b'{"model": "\\ud800", "prompt": "x"}'
+    headers = {"content-type": "application/json"}
+    response = http.post(COMPLETIONS, content=body, headers=headers)
+    assert response.status_code in (400, 404)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{'a': 1}"])

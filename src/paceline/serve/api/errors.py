@@ -60,8 +60,8 @@ def shape_errors(app: FastAPI) -> None:
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
         found = _most_telling(error.errors())
         where = [str(part) for part in found["loc"][1:] if not _is_type_name(part)]
-        param = None if found["type"] == "json_invalid" else ".".join(where) or None
-        message = f"{param or 'body'}: {_explain(found)}"
+        param = None if found["type"] == "json_invalid" else _sendable(".".join(where)) or None
+        message = f"{param or 'body'}: {_sendable(_explain(found))}"
         body = error_body(message, kind="invalid_request_error", param=param)
         return JSONResponse(body, status_code=400)
 
@@ -93,6 +93,11 @@ def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     meant = [found for found in by_type.values() if not found[0]["type"].endswith("_type")]
     closest = min(meant or by_type.values(), key=len)
     return max(closest, key=lambda error: len(error["loc"]))
+
+
+def _sendable(text: str) -> str:
+    """A text of the client's, without halves of characters, which no answer can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _type_of(location: Sequence[str | int]) -> tuple[str | int, ...]:
