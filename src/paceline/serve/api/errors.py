@@ -82,8 +82,8 @@ def shape_errors(app: FastAPI) -> None:
 def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the errors in the first field at fault, the one deepest inside it.
 
-    A value that may be of several types has errors for each. It is taken to be meant as the one
-    with the fewest, of those for which it is not of another kind altogether.
+    A value that may be of several types has errors for each. Those for which it is of another kind
+    altogether do not tell.
     """
     field = errors[0]["loc"][1:2]
     by_type: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
@@ -91,13 +91,17 @@ def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if error["loc"][1:2] == field:
             by_type.setdefault(_type_of(error["loc"]), []).append(error)
     meant = [found for found in by_type.values() if not found[0]["type"].endswith("_type")]
-    closest = min(meant or by_type.values(), key=len)
-    return max(closest, key=lambda error: len(error["loc"]))
+    deepest = [max(found, key=_depth) for found in meant or by_type.values()]
+    return max(deepest, key=_depth)
 
 
 def _sendable(text: str) -> str:
     """A text of the client's, without halves of characters, which no answer can hold."""
     return text.encode(errors="replace").decode()
+
+
+def _depth(error: dict[str, Any]) -> int:
+    return len(error["loc"])
 
 
 def _type_of(location: Sequence[str | int]) -> tuple[str | int, ...]:

@@ -32,7 +32,9 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = None
+    tool_calls: (
+        Annotated[list[ToolCall], Field(min_length=1, max_length=128, fail_fast=True)] | None
+    ) = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     @property
@@ -68,7 +70,7 @@ class Message(Strict):
             raise RequestError(message, param=f"{where}.tool_call_id")
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

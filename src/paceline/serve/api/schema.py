@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from paceline.core.errors import RequestError
 from paceline.decode.grammar import Grammar
@@ -17,7 +17,7 @@ from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
 from paceline.serve.api.formats import ResponseFormat, StructuredOutputs, grammar_of
 from paceline.serve.api.messages import Messages, plain_messages
-from paceline.serve.api.strict import Strict
+from paceline.serve.api.strict import Strict, at_most
 from paceline.serve.api.tools import (
     ToolChoice,
     Tools,
@@ -33,10 +33,33 @@ MAX_CHOICES = 128
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+_MetadataKey = Annotated[str, Field(max_length=64)]
+_MetadataText = Annotated[str, Field(max_length=512)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+
+
+def _kind_of_prompt(prompt: Any) -> str:
+    """Which of its forms a prompt is meant to have."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
+    many = "s" if isinstance(prompt, list) else ""
+    if isinstance(first, list):
+        return "[lists]"
+    return "[tokens]" if isinstance(first, int) and many else f"[text{many}]"
+
+
+_Texts = Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)]
+_Lists = Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("[text]")]
+    | Annotated[_Texts, Tag("[texts]")]
+    | Annotated[TokenIds, Tag("[tokens]")]
+    | Annotated[_Lists, Tag("[lists]")],
+    Discriminator(_kind_of_prompt),
+]
+"""A text, a list of texts, the tokens of one prompt, or lists of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +121,12 @@ class CommonBody(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=300)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], at_most(300)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = (
+        None
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=16, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
@@ -109,13 +134,7 @@ class CommonBody(Strict):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
+    metadata: Annotated[dict[_MetadataKey, _MetadataText], at_most(16)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
@@ -231,12 +250,7 @@ class ChatBody(CommonBody):
 class CompletionBody(CommonBody):
     """``POST /v1/completions``."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
-    )
+    prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

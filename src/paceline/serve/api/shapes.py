@@ -122,7 +122,14 @@ class Envelope:
         return {**self._head(self._shape.name), "choices": whole, "usage": usage}
 
     def event(self, choice: Choice, piece: Piece, usage: dict[str, Any] | None = None) -> str:
-        """A piece of a choice as server-sent events, with usage so far if wanted."""
+        """A piece of a choice as server-sent events, with usage so far if wanted.
+
+        A call and the end of its choice are two events: OpenAI's client takes a call for whole
+        when the next event comes.
+        """
+        if piece.calls and piece.finish_reason:
+            calls = self.event(choice, piece._replace(finish_reason=None), usage)
+            return calls + self.event(choice, Piece(finish_reason=piece.finish_reason), usage)
         writer, first = self._writers.get(choice.index), ""
         if writer is None:
             writer = self._writers[choice.index] = self._writer(choice.index)
@@ -133,7 +140,7 @@ class Envelope:
             return first + writer.text_event(piece.text)
         content = self._shape.part(piece, writer.num_calls)
         writer.num_calls += len(piece.calls)
-        told = writer.logprobs.put(piece.told)
+        told = writer.logprobs.put(piece.told) if piece.told else None
         return first + event(self._chunk(choice.index, content, told, piece.finish_reason, usage))
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:

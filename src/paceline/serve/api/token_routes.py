@@ -33,7 +33,7 @@ class DetokenizeBody(Strict):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20, fail_fast=True)]
 
 
 def tokenizing(engine: Engine, model_name: str) -> APIRouter:

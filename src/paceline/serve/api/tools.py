@@ -46,7 +46,7 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-Tools = Annotated[list[Tool], Field(min_length=1, max_length=128)]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
