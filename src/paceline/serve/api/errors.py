@@ -90,7 +90,7 @@ def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for error in errors:
         if error["loc"][1:2] == field:
             by_type.setdefault(_type_of(error["loc"]), []).append(error)
-    meant = [found for found in by_type.values() if not found[0]["type"].endswith("_type")]
+    meant = [found for name, found in by_type.items() if not _is_other_kind(found[0], name)]
     deepest = [max(found, key=_depth) for found in meant or by_type.values()]
     return max(deepest, key=_depth)
 
@@ -98,6 +98,11 @@ def _most_telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _sendable(text: str) -> str:
     """A text of the client's, without halves of characters, which no answer can hold."""
     return text.encode(errors="replace").decode()
+
+
+def _is_other_kind(error: dict[str, Any], type_name: tuple[str | int, ...]) -> bool:
+    """Whether an error says that a value is not of a type at all, rather than what is in it."""
+    return error["type"].endswith("_type") and tuple(error["loc"]) == type_name
 
 
 def _depth(error: dict[str, Any]) -> int:
@@ -113,7 +118,7 @@ def _type_of(location: Sequence[str | int]) -> tuple[str | int, ...]:
 def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "this field is not built in this version"
-    return str(error["msg"])
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _is_type_name(part: str | int) -> bool:
