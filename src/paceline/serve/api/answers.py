@@ -10,9 +10,10 @@ from typing import Any
 
 from starlette.types import Receive
 
+from paceline.serve.api.asked import Asked
 from paceline.serve.api.choices import Choice, Piece, join
 from paceline.serve.api.errors import EngineFailedError, failure_body
-from paceline.serve.api.schema import Asked, StreamOptions
+from paceline.serve.api.schema import StreamOptions
 from paceline.serve.api.shapes import Envelope, event, usage
 from paceline.serve.engine import Engine
 from paceline.serve.request import Delta

@@ -13,7 +13,8 @@ from starlette.concurrency import run_in_threadpool
 
 from paceline.core.errors import RequestError
 from paceline.serve.api.answers import Answers, Handover, event_stream, whole_answer
-from paceline.serve.api.schema import Asked, ChatBody, CompletionBody
+from paceline.serve.api.asked import Asked
+from paceline.serve.api.schema import ChatBody, CompletionBody
 from paceline.serve.api.shapes import ChatShape, CompletionShape, Envelope, Shape
 from paceline.serve.api.token_routes import require_model
 from paceline.serve.api.token_texts import TokenTexts

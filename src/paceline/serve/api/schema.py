@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from paceline.core.errors import RequestError
 from paceline.decode.grammar import Grammar
@@ -15,8 +14,10 @@ from paceline.decode.sampler import SamplingParams
 from paceline.models.chat import render_chat
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
+from paceline.serve.api.asked import Asked
 from paceline.serve.api.formats import ResponseFormat, StructuredOutputs, grammar_of
 from paceline.serve.api.messages import Messages, plain_messages
+from paceline.serve.api.prompts import Prompt, TokenId, each_prompt, prompt_text
 from paceline.serve.api.strict import Strict, at_most
 from paceline.serve.api.tools import (
     ToolChoice,
@@ -33,69 +34,11 @@ MAX_CHOICES = 128
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 _MetadataKey = Annotated[str, Field(max_length=64)]
 _MetadataText = Annotated[str, Field(max_length=512)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-
-
-def _kind_of_prompt(prompt: Any) -> str:
-    """Which of its forms a prompt is meant to have."""
-    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
-    many = "s" if isinstance(prompt, list) else ""
-    if isinstance(first, list):
-        return "[lists]"
-    return "[tokens]" if isinstance(first, int) and many else f"[text{many}]"
-
-
-_Texts = Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)]
-_Lists = Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
-Prompt = Annotated[
-    Annotated[str, Tag("[text]")]
-    | Annotated[_Texts, Tag("[texts]")]
-    | Annotated[TokenIds, Tag("[tokens]")]
-    | Annotated[_Lists, Tag("[lists]")],
-    Discriminator(_kind_of_prompt),
-]
-"""A text, a list of texts, the tokens of one prompt, or lists of tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a body comes to: prompts, and how each is answered.
-
-    Attributes:
-        requests: one a prompt, for the first of its choices.
-        num_choices: of each prompt.
-        echoes: the texts that the answers to each prompt begin with.
-        is_silent: whether only the prompt is asked for: the answer's one token is not told.
-        tools: what the answers make of tools.
-    """
-
-    requests: Sequence[Request]
-    num_choices: int
-    echoes: Sequence[str]
-    is_silent: bool = False
-    tools: ToolUse = field(default_factory=ToolUse)
-
-    def each(self) -> list[tuple[Request, str]]:
-        """Each choice's request and the text that it begins with, in the order of the choices.
-
-        The choices of a prompt differ by their stream of noise alone.
-        """
-        return [
-            (replace(request, sampling=replace(request.sampling, stream=stream)), echo)
-            for request, echo in zip(self.requests, self.echoes, strict=True)
-            for stream in range(self.num_choices)
-        ]
-
-    def of(self, tenant: str, timeout_s: float) -> Asked:
-        """The same, asked by somebody."""
-        requests = [replace(one, tenant=tenant, timeout_s=timeout_s) for one in self.requests]
-        return replace(self, requests=requests)
 
 
 class StreamOptions(Strict):
@@ -262,7 +205,7 @@ class CompletionBody(CommonBody):
         Raises:
             RequestError: fields that contradict each other, or that the model cannot answer.
         """
-        prompts = self._prompts()
+        prompts = each_prompt(self.prompt)
         if len(prompts) * (self.n or 1) > MAX_CHOICES:
             message = f"n: {len(prompts)} prompts of {self.n} choices are more than {MAX_CHOICES}"
             raise RequestError(message, param="n")
@@ -281,15 +224,8 @@ class CompletionBody(CommonBody):
             )
             for prompt in prompts
         ]
-        echoes = [_echo(tokenizer, prompt) if self.echo else "" for prompt in prompts]
+        echoes = [prompt_text(tokenizer, prompt) if self.echo else "" for prompt in prompts]
         return Asked(requests, self.n or 1, echoes, is_silent=limit == 0)
-
-    def _prompts(self) -> Sequence[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        texts = [item for item in self.prompt if isinstance(item, str)]
-        lists = [item for item in self.prompt if isinstance(item, list)]
-        return texts or lists or [[item for item in self.prompt if isinstance(item, int)]]
 
 
 def chat_prompt_ids(
@@ -320,8 +256,3 @@ def chat_prompt_ids(
 def random_seed() -> int:
     """A seed for a request that names none."""
     return int.from_bytes(os.urandom(7), "little")
-
-
-def _echo(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
-    """A prompt as text."""
-    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)

@@ -11,7 +11,8 @@ from starlette.concurrency import run_in_threadpool
 import paceline
 from paceline.core.errors import RequestError
 from paceline.serve.api.messages import Messages
-from paceline.serve.api.schema import TokenId, chat_prompt_ids
+from paceline.serve.api.prompts import TokenId
+from paceline.serve.api.schema import chat_prompt_ids
 from paceline.serve.api.strict import Strict
 from paceline.serve.api.tools import Tools, tool_use
 from paceline.serve.engine import Engine
