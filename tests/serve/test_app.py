@@ -12,10 +12,10 @@ import httpx
 import openai
 import pydantic
 import pytest
+from asking import CHAT, COMPLETIONS, MESSAGES, NAME, error_of, live, post
 from engines import SPEC, TOKENIZER, Scripted, ask, real_engine, scripted_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import CHAT, COMPLETIONS, MESSAGES, NAME, error_of, live, post
 
 from paceline.models.chat import render_chat
 from paceline.serve.api.guard import MAX_BODY_BYTES

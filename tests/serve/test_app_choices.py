@@ -8,10 +8,10 @@ from dataclasses import replace
 import httpx
 import pytest
 import torch
+from asking import CHAT, COMPLETIONS, MESSAGES, NAME, answer, chunks, error_of, live, post
 from engines import TOKENIZER, Scripted, ask, encode, real_engine, scripted_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import CHAT, COMPLETIONS, MESSAGES, NAME, answer, chunks, error_of, live, post
 from test_app import wait_until
 
 from paceline.decode.sampler import SamplingParams

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from asking import MESSAGES, NAME, error_of, live
 from engines import SPEC, TOKENIZER, Scripted, scripted_engine
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import MESSAGES, NAME, error_of, live
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 

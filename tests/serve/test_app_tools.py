@@ -6,10 +6,7 @@ import json
 
 import httpx
 import pytest
-from engines import TOKENIZER, Scripted, encode, scripted_engine
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from servers import (
+from asking import (
     CHAT,
     COMPLETIONS,
     MESSAGES,
@@ -20,6 +17,9 @@ from servers import (
     live,
     post,
 )
+from engines import TOKENIZER, Scripted, encode, scripted_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paceline.models.tokenizer import Tokenizer
 from paceline.serve.api.formats import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH

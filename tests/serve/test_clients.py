@@ -14,8 +14,8 @@ import openai
 import pydantic
 import pytest
 import torch
+from asking import MESSAGES, NAME, grammar_engine, live
 from engines import TOKENIZER, _model, encode, real_engine
-from servers import MESSAGES, NAME, grammar_engine, live
 from test_app_tools import knowing
 
 from paceline.models.tokenizer import tokenizer_files

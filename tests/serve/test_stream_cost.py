@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
+from asking import CHAT, MESSAGES, NAME, live
 from engines import SPEC, TOKENIZER, Scripted
-from servers import CHAT, MESSAGES, NAME, live
 
 from paceline.serve.engine import Engine
 from paceline.serve.schedule.base import Budget
