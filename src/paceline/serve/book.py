@@ -73,6 +73,8 @@ class Book:
             state = self.running[number] = self.waiting.pop(number)
             found = self.kv.begin(number, self._keys(state))
             state.num_computed = len(found) * self.kv.block_size
+            if state.num_found is None:  # else it has been preempted, and finds its own
+                state.num_found = state.num_computed
             self.num_prompt_tokens += len(state.tokens)
             self.num_found_tokens += state.num_computed
         state = self.running[number]

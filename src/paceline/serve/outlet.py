@@ -9,7 +9,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from paceline.decode.sampler import Sampled
@@ -100,5 +99,6 @@ class Outlet:
 def _delta(event: Event) -> Delta:
     if event.sampled is None:
         return Delta("", (), event.reason, event.error)
-    delta = event.state.text.push(event.sampled, event.reason)
-    return replace(delta, prompt=event.prompt) if event.prompt else delta
+    state = event.state
+    found = state.num_found or 0
+    return state.text.push(event.sampled, event.reason, prompt=event.prompt, num_found=found)

@@ -70,6 +70,7 @@ class Delta:
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
+        num_found: how many of the prompt's tokens were found in the cache.
     """
 
     text: str
@@ -78,6 +79,7 @@ class Delta:
     error: str = ""
     sampled: tuple[Sampled, ...] = ()
     prompt: tuple[Sampled, ...] = ()
+    num_found: int = 0
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class RequestState:
         tokens: the prompt's and the answer's.
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
+        num_found: how many of the prompt's were found in the cache; None before it has run.
         scores: the prompt's tokens but the first with their log-probabilities, as far as they are
             known, where they are asked for.
     """
@@ -107,6 +110,7 @@ class RequestState:
     tokens: list[int]
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
+    num_found: int | None = None
     scores: list[Sampled] = field(default_factory=list)
 
     @property
@@ -187,12 +191,21 @@ class AnswerText:
         self._decoder, self._scanner = IncrementalDecoder(tokenizer), StopScanner(stop)
         self._end_ids, self._num_unscanned = end_ids, min_tokens
 
-    def push(self, sampled: Sampled, reason: FinishReason | None) -> Delta:
+    def push(
+        self,
+        sampled: Sampled,
+        reason: FinishReason | None,
+        *,
+        prompt: tuple[Sampled, ...] = (),
+        num_found: int = 0,
+    ) -> Delta:
         """The part of the answer that a token completes.
 
         Args:
             sampled: the token.
             reason: that it ends the answer for, as far as tokens tell.
+            prompt: what is told of the prompt's tokens with it.
+            num_found: how many of these were found in the cache.
         """
         text, is_stopped = "", False
         if sampled.token not in self._end_ids:
@@ -202,7 +215,8 @@ class AnswerText:
             rest, is_stopped = self._scanner.push(self._decoder.finish())
             text += rest if is_stopped else rest + self._scanner.finish()
         told = () if sampled.logprob is None else (sampled,)
-        return Delta(text, (sampled.token,), "stop" if is_stopped else reason, sampled=told)
+        reason = "stop" if is_stopped else reason
+        return Delta(text, (sampled.token,), reason, "", told, prompt, num_found)
 
     def _scan(self, text: str) -> tuple[str, bool]:
         """As the scanner's `push`, of what one token says."""

@@ -10,6 +10,7 @@ from paceline.serve.api.errors import shape_errors
 from paceline.serve.api.guard import Guard
 from paceline.serve.api.keys import ApiKeys
 from paceline.serve.api.routes import answering
+from paceline.serve.api.token_routes import tokenizing
 from paceline.serve.engine import Engine
 
 
@@ -23,6 +24,7 @@ def create_app(engine: Engine, model_name: str, keys: ApiKeys) -> FastAPI:
     """
     app = FastAPI(title="Paceline", version=paceline.__version__, docs_url=None, redoc_url=None)
     app.include_router(answering(engine, model_name))
+    app.include_router(tokenizing(engine, model_name))
 
     @app.get("/health")
     async def health() -> Response:
