@@ -22,7 +22,5 @@ def stall_free(view: View, budget: Budget, now_s: float) -> StepPlan:  # noqa: A
     for request in view.running:
         if not request.is_decoding:
             room.go_on(request)
-    for request in view.waiting:
-        if not room.admit(request):
-            break
+    room.admit_all()
     return room.plan()
