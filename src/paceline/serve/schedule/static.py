@@ -20,10 +20,10 @@ def static(view: View, budget: Budget, now_s: float) -> StepPlan:  # noqa: ARG00
     for request in view.running:
         if not request.is_decoding:
             room.go_on(request)
-    if all(request.num_total <= request.num_prompt + 1 for request in view.running):
-        for request in view.waiting:
-            if not room.admit(request):
-                break
+    is_gathering = all(request.num_total <= request.num_prompt + 1 for request in view.running)
+    for request in view.waiting if is_gathering and not room.is_closed else ():
+        if not room.admit(request):
+            break
     if room.is_empty:
         for request in view.running:
             room.go_on(request)
