@@ -122,6 +122,7 @@ class Oracle:
     def _write(self, work: Work) -> None:
         sequence = self._sequences[work.request_id]
         end = work.start + len(work.tokens)
+        assert work.tokens, "nothing to compute, and nothing to sample from"
         assert work.adapter == sequence.request.adapter
         assert list(work.tokens) == sequence.tokens[work.start : end], "these are not its tokens"
         assert work.start == 0 or sequence.table or work.new_blocks, "its table is gone"

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from machine import Life
+from machine import Life, live
 
 from paceline.serve.kv.owner import KVOwner, extend, root
 from paceline.serve.kv.pool import BlockPool, Key
@@ -222,7 +222,17 @@ def test_engines(name):
     prove(machine, NUM_SEQUENCES // 20 // len(POLICIES))
 
 
+TENTHS = [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 10))]
+
+
+@pytest.mark.parametrize("tenth", TENTHS)
+def test_ten_thousand_lives(tenth):
+    """Each a function of its seed: what is submitted, cancelled, failed, lost and late."""
+    for seed in range(tenth * NUM_SEQUENCES // 10, (tenth + 1) * NUM_SEQUENCES // 10):
+        live(seed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [Pool, Owner, Serving])
-def test_ten_thousand_sequences(machine):
+def test_ten_thousand_sequences_that_seek_a_fault(machine):
     prove(machine, NUM_SEQUENCES)

@@ -349,10 +349,3 @@ def coming_blocks_not_waited_for(patch: Patch) -> None:
         return original(self, state, found, None)
 
     patch.setattr(Book, "_waiting_view", waiting_view)
-
-
-@of_reuse
-def first_to_need_a_block_dropped_first(patch: Patch) -> None:
-    """The blocks that most share are evicted before others."""
-    original = BlockPool.drop
-    patch.setattr(BlockPool, "drop", lambda self, blocks: original(self, blocks[::-1]))
