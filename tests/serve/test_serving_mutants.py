@@ -9,6 +9,8 @@ import pytest
 from machine import live
 from oracle import Oracle
 from test_global_prefix import test_a_job_computes_what_its_tree_of_prefixes_requires as fewest
+from test_owner import test_nothing_is_found_beyond_a_gap as gap
+from test_policies import test_every_step_keeps_the_contract as contract
 
 from paceline.serve import engine as engine_module
 from paceline.serve.book import Book
@@ -24,43 +26,38 @@ pytestmark = pytest.mark.cpu
 
 NUM_LIVES = 400
 Patch = pytest.MonkeyPatch
-MUTANTS: list[Callable[[Patch], None]] = []
-OF_REUSE: list[Callable[[Patch], None]] = []
+Mutant = Callable[[Patch], None]
 
 
-def mutant(mutate: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    """Something breaks, or an answer is wrong."""
-    MUTANTS.append(mutate)
-    return mutate
-
-
-def of_reuse(mutate: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    """Answers are right, but a job computes more than it must."""
-    OF_REUSE.append(mutate)
-    return mutate
-
-
-def live_all() -> None:
+def lives() -> None:
+    """Nothing breaks, and every answer is right."""
     for seed in range(NUM_LIVES):
         live(seed)
 
 
-def test_without_a_defect_all_these_lives_go_well():
-    live_all()
+PROOFS = {
+    "lives": lives,
+    "fewest": fewest,  # no job computes more than it must
+    "gap": gap,
+    "contract": lambda: contract(name="stall-free"),
+}
+MUTANTS: list[tuple[Mutant, str]] = []
 
 
-@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
-def test_a_defect_is_caught(monkeypatch, mutate):
-    mutate(monkeypatch)
-    with pytest.raises((AssertionError, LookupError)):
-        live_all()
+def mutant(mutate: Mutant) -> Mutant:
+    """A defect that random lives show."""
+    MUTANTS.append((mutate, "lives"))
+    return mutate
 
 
-@pytest.mark.parametrize("mutate", OF_REUSE, ids=lambda mutate: mutate.__name__)
-def test_a_loss_of_reuse_is_caught(monkeypatch, mutate):
-    mutate(monkeypatch)
-    with pytest.raises(AssertionError):
-        fewest()
+def shown_by(proof: str) -> Callable[[Mutant], Mutant]:
+    """A defect that another proof shows: it is too rare for lives, or costs time alone."""
+
+    def add(mutate: Mutant) -> Mutant:
+        MUTANTS.append((mutate, proof))
+        return mutate
+
+    return add
 
 
 # The pool
@@ -162,7 +159,7 @@ def one_block_too_many_found(patch: Patch) -> None:
     patch.setattr(Book, "_most_found", lambda self, state: len(state.tokens) // self.kv.block_size)
 
 
-@mutant
+@shown_by("gap")
 def found_beyond_a_gap(patch: Patch) -> None:
     def found(self: KVOwner, keys) -> list[int]:
         blocks = [self.pool.find(key) for key in keys]
@@ -310,7 +307,7 @@ def cached_blocks_counted_as_free_and_found(patch: Patch) -> None:
     patch.setattr(Room, "admit", admit)
 
 
-@mutant
+@shown_by("contract")
 def victim_s_shared_blocks_counted_as_free(patch: Patch) -> None:
     original = Room._preempt
 
@@ -320,18 +317,18 @@ def victim_s_shared_blocks_counted_as_free(patch: Patch) -> None:
     patch.setattr(Room, "_preempt", preempt)
 
 
-@of_reuse
+@shown_by("fewest")
 def job_taken_as_it_comes(patch: Patch) -> None:
     patch.setattr(GlobalPrefix, "arrange", lambda _self, job, _block_size: range(len(job)))
 
 
-@of_reuse
+@shown_by("fewest")
 def requests_that_pass_others(patch: Patch) -> None:
     original = Room.admit_all
     patch.setattr(Room, "admit_all", lambda self, *, passing=True: original(self))  # noqa: ARG005
 
 
-@of_reuse
+@shown_by("fewest")
 def room_kept_for_what_exists_alone(patch: Patch) -> None:
     original = Room.__init__
 
@@ -341,7 +338,7 @@ def room_kept_for_what_exists_alone(patch: Patch) -> None:
     patch.setattr(Room, "__init__", init)
 
 
-@of_reuse
+@shown_by("fewest")
 def coming_blocks_not_waited_for(patch: Patch) -> None:
     original = Book._waiting_view
 
@@ -349,3 +346,20 @@ def coming_blocks_not_waited_for(patch: Patch) -> None:
         return original(self, state, found, None)
 
     patch.setattr(Book, "_waiting_view", waiting_view)
+
+
+# The tests
+
+
+@pytest.mark.parametrize("proof", PROOFS)
+def test_without_a_defect_every_proof_holds(proof):
+    PROOFS[proof]()
+
+
+@pytest.mark.parametrize(
+    ("mutate", "proof"), MUTANTS, ids=lambda one: getattr(one, "__name__", one)
+)
+def test_a_defect_is_caught(monkeypatch, mutate, proof):
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, LookupError)):
+        PROOFS[proof]()

@@ -58,7 +58,7 @@ class View:
     Attributes:
         running: requests that hold blocks, in the order in which they were admitted.
         waiting: requests that hold none, in the order in which they came, preempted ones first. It
-            may be made as it is read: a policy reads no more than it admits, and one.
+            may be made as it is read: a policy reads what it admits, and few beside.
         num_free: blocks that can be taken, those of the cache that nobody holds among them.
         block_size: tokens to a block.
         num_virtual: tokens before every request's own that take room in its blocks.
@@ -108,6 +108,8 @@ class StepPlan:
 
 class Policy(Protocol):
     """Decides one step. Pure: no clock, no randomness, nothing kept between calls.
+
+    One that is `Arranging` too has an order for jobs that are known whole.
 
     Args:
         view: the requests that have not ended.

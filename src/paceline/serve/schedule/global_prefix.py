@@ -29,12 +29,7 @@ class GlobalPrefix:
     def __call__(self, view: View, budget: Budget, now_s: float) -> StepPlan:  # noqa: ARG002
         """As many requests as memory holds to their ends; decodes first, then prompts."""
         room = Room(view, budget, to_end=True)
-        for request in view.running:
-            if request.is_decoding:
-                room.go_on(request)
-        for request in view.running:
-            if not request.is_decoding:
-                room.go_on(request)
+        room.go_on_all()
         room.admit_all(passing=False)
         return room.plan()
 

@@ -67,6 +67,13 @@ class Room:
         self._num_promised -= num_blocks
         self._give(request, num_tokens, num_blocks)
 
+    def go_on_all(self) -> None:
+        """Gives all running requests their next tokens: answers first, then prompts."""
+        for is_answer in (True, False):
+            for request in self._view.running:
+                if request.is_decoding == is_answer:
+                    self.go_on(request)
+
     def admit(self, request: RequestView, limit: int | None = None) -> bool:
         """Gives a waiting request its first tokens if all of it finds room by and by.
 

@@ -17,11 +17,6 @@ from paceline.serve.schedule.room import Room
 def temporal_fusion(view: View, budget: Budget, now_s: float) -> StepPlan:  # noqa: ARG001
     """One token of every answer, and whole prompts beside them, as memory admits."""
     room = Room(view, budget, to_end=True)
-    for request in view.running:
-        if request.is_decoding:
-            room.go_on(request)
-    for request in view.running:
-        if not request.is_decoding:
-            room.go_on(request)
+    room.go_on_all()
     room.admit_all(whole=True)
     return room.plan()
