@@ -31,7 +31,7 @@ def test_the_recording_is_what_its_seed_gives():
 
 
 def test_the_longest_gaps():
-    replayed = Replayed(1.0, [float(gap) for gap in range(100, 0, -1)])
+    replayed = Replayed(1.0, 1.0, [float(gap) for gap in range(100, 0, -1)])
     assert [replayed.gap_s(share) for share in (0.5, 0.99, 1.0)] == [50, 99, 100]
 
 

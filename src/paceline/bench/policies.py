@@ -31,7 +31,7 @@ DOCUMENT, QUESTION, JOB_ANSWER = 128, 16, 8
 """Tokens of a job's documents, of the questions to each, and of the answers."""
 
 
-def run(*, model: str = "random:llama:135m", layers: int = 4) -> dict[str, Outcome]:
+def run(*, model: str = "random:llama:135m", layers: int = 2) -> dict[str, Outcome]:
     """Gaps between tokens, throughput, and tokens that a job computes.
 
     Args:
@@ -200,10 +200,10 @@ def _engine(source: ModelSource, policy: str, num_blocks: int | None = None) -> 
 
 
 def _capacity(engine: Engine, arrivals: Sequence[Arrival]) -> float:
-    """Requests a second that an engine sustains when all of them are there; the second of two."""
+    """Requests a second that an engine sustains while more of them wait; the second of two."""
     replay(engine, arrivals, math.inf, "warm-up")
     found = replay(engine, arrivals, math.inf, "capacity")
-    return found.rate / _mean_answer(arrivals)
+    return found.steady_rate / _mean_answer(arrivals)
 
 
 def _mean_answer(arrivals: Sequence[Arrival]) -> float:
