@@ -101,7 +101,8 @@ class Room:
     def admit_all(self, *, whole: bool = False, passing: bool = True) -> None:
         """Admits those that wait, in order, until one finds no room.
 
-        One whose next block is being computed by another waits until it finds it.
+        One whose next block is being computed by another waits until it finds it. It does not wait
+        for ever: whom it follows runs, and ends; and whoever passes it meanwhile came to run once.
 
         Args:
             whole: whether a prompt is cut only where the step holds no other.
