@@ -1,7 +1,7 @@
 """A job known whole: requests that share a prefix run together, those with long answers first.
 
 Source: Zheng et al., BatchLLM: Optimizing Large Batched LLM Inference with Global Prefix Sharing
-    and Throughput-oriented Token Batching, arXiv:2412.03594, Sec. 4 and 5.
+    and Throughput-oriented Token Batching, arXiv:2412.03594.
 Replaces: stall-free, for jobs.  Needs: nothing.  Forbids: nothing.
 Cost: O(tokens) to order a job; room is kept for the longest answer.
 Differs: prefixes are shared on every level of their tree, not on one, and in whole blocks; one

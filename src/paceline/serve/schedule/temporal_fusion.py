@@ -1,7 +1,7 @@
 """Every request that comes joins the others at their next token.
 
 Source: Yao et al., Flover: A Temporal Fusion Framework for Efficient Autoregressive Model Parallel
-    Inference, arXiv:2305.13484, Sec. IV.
+    Inference, arXiv:2305.13484.
 Replaces: static.  Needs: nothing.  Forbids: nothing.
 Cost: a step that a prompt joins lasts as long as the prompt; room is kept for the longest answer.
 Differs: what ends leaves blocks, which are taken again where they lie, so that no buffers are moved
