@@ -13,6 +13,7 @@ BENCHMARKS = NameTable(
         "ladder": "paceline.bench.ladder:run",
         "watch": "paceline.bench.watch:run",
         "checkpoint": "paceline.bench.checkpoint:run",
+        "policies": "paceline.bench.policies:run",
     },
 )
 """Name to ``run(...)``, which gives an `Outcome`, or several by name, and whose keywords are the

@@ -16,6 +16,7 @@ from paceline.plan.model_spec import ModelSpec
 from paceline.serve.book import Book
 from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult
 from paceline.serve.kv.owner import root
+from paceline.serve.kv.pool import Key
 from paceline.serve.outlet import Event, Outlet
 from paceline.serve.request import (
     AnswerText,
@@ -24,7 +25,7 @@ from paceline.serve.request import (
     Request,
     RequestState,
 )
-from paceline.serve.schedule.base import Budget, Policy, StepPlan
+from paceline.serve.schedule.base import Asked, Budget, Policy, StepPlan, arrange
 from paceline.serve.servable import require_servable
 
 _log = logging.getLogger(__name__)
@@ -142,15 +143,14 @@ class Engine:
             self._wake.notify()
 
     def generate(self, requests: Iterable[Request]) -> list[Answer]:
-        """Answers requests on this thread, in their order."""
+        """Answers a job, whose requests are known ahead, on this thread; answers are in order."""
         requests = list(requests)
         for request in requests:  # all of them, before the first is begun
             self.require(request)
-        answers: list[list[Delta]] = []
-        for request in requests:
-            deltas: list[Delta] = []
-            self.submit(request, deltas.append)
-            answers.append(deltas)
+        answers: list[list[Delta]] = [[] for _ in requests]
+        job = [Asked(root_of(each), each.prompt_ids, each.max_tokens) for each in requests]
+        for place in arrange(self._policy, job, self.book.kv.block_size):
+            self.submit(requests[place], answers[place].append)
         self.drain()
         return [join(deltas) for deltas in answers]
 
@@ -209,10 +209,8 @@ class Engine:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
         self.book.add(arrived)
-        now_s = self._clock.now_s()
-        late = [state.id for state in self.book.open() if state.deadline_s <= now_s]
         self._end([number for number in cancelled if self.book.get(number)], "abort")
-        self._end([number for number in late if self.book.get(number)], "timeout")
+        self._end(self.book.late(self._clock.now_s()), "timeout")
 
     def _emit(self, plan: StepPlan, result: StepResult) -> None:
         """Takes up what a step gave."""
@@ -260,9 +258,14 @@ class Engine:
             arrival_s=self._clock.now_s(),
             text=AnswerText(self.tokenizer, request.stop, on_delta, end_ids, request.min_tokens),
             end_ids=end_ids,
-            root=root(request.tenant, request.adapter),
+            root=root_of(request),
             tokens=list(request.prompt_ids),
         )
+
+
+def root_of(request: Request) -> Key:
+    """Where the names of a request's blocks begin."""
+    return root(request.tenant, request.adapter)
 
 
 def join(deltas: Sequence[Delta]) -> Answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class RequestView:
         num_blocks: blocks that it holds; of a waiting request those that it finds in the cache.
         num_freed: blocks that would be free if it were preempted; of a waiting request, those of
             the cached ones that count as free until it holds them.
+        follows: of a waiting request, another that computes its next block, or would if it were
+            admitted: one that runs, or that waits before it. None if there is none.
     """
 
     id: int
@@ -36,6 +38,7 @@ class RequestView:
     max_total: int
     num_blocks: int = 0
     num_freed: int = 0
+    follows: int | None = None
 
     @property
     def num_left(self) -> int:
@@ -55,7 +58,7 @@ class View:
     Attributes:
         running: requests that hold blocks, in the order in which they were admitted.
         waiting: requests that hold none, in the order in which they came, preempted ones first. It
-            may be made as it is read: a policy reads no more than it admits, and one.
+            may be made as it is read: a policy reads what it admits, and few beside.
         num_free: blocks that can be taken, those of the cache that nobody holds among them.
         block_size: tokens to a block.
         num_virtual: tokens before every request's own that take room in its blocks.
@@ -106,6 +109,8 @@ class StepPlan:
 class Policy(Protocol):
     """Decides one step. Pure: no clock, no randomness, nothing kept between calls.
 
+    One that is `Arranging` too has an order for jobs that are known whole.
+
     Args:
         view: the requests that have not ended.
         budget: what the step may hold.
@@ -117,3 +122,34 @@ class Policy(Protocol):
     """
 
     def __call__(self, view: View, budget: Budget, now_s: float) -> StepPlan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request of a job that is known whole, before any of it has begun.
+
+    Attributes:
+        root: requests of one root share what their prompts begin with, and no others.
+        prompt_ids: the prompt's tokens.
+        num_answer: tokens that its answer is expected to have.
+    """
+
+    root: bytes
+    prompt_ids: Sequence[int]
+    num_answer: int
+
+
+@runtime_checkable
+class Arranging(Protocol):
+    """A policy that has an order of its own for a job that is known whole."""
+
+    def arrange(self, job: Sequence[Asked], block_size: int) -> Sequence[int]:
+        """The places of the job's requests, in the order in which they are to wait. Pure."""
+        ...
+
+
+def arrange(policy: Policy, job: Sequence[Asked], block_size: int) -> Sequence[int]:
+    """The order in which a job's requests wait: the policy's own, or that of the job."""
+    if isinstance(policy, Arranging):
+        return policy.arrange(job, block_size)
+    return range(len(job))
