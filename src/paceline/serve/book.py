@@ -65,7 +65,7 @@ class Book:
         self.num_preempted += 1
         self.waiting = {request_id: state} | self.waiting
 
-    def work(self, share: Share) -> Work:
+    def work(self, share: Share, now_s: float) -> Work:
         """A request's part of a step, with blocks for it; one that waits is admitted."""
         number = share.request_id
         found: list[int] = []
@@ -73,6 +73,7 @@ class Book:
             state = self.running[number] = self.waiting.pop(number)
             found = self.kv.begin(number, self._keys(state))
             state.num_computed = len(found) * self.kv.block_size
+            state.admitted_s = now_s if state.admitted_s is None else state.admitted_s
             self.num_prompt_tokens += len(state.tokens)
             self.num_found_tokens += state.num_computed
         state = self.running[number]

@@ -50,6 +50,7 @@ def load_engine(
         replace(source.spec, max_positions=source.spec.max_positions - num_virtual),
         source.tokenizer,
         num_virtual=num_virtual,
+        dtype=str(dtype).split(".")[1],
     )
 
 

@@ -83,6 +83,7 @@ class RequestState:
         tokens: the prompt's and the answer's.
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
+        admitted_s: when it first held blocks; None before.
     """
 
     id: int
@@ -94,6 +95,7 @@ class RequestState:
     tokens: list[int]
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
+    admitted_s: float | None = None
 
     @property
     def num_generated(self) -> int:
