@@ -48,7 +48,7 @@ class AnswerStream:
         delta = await self._queue.get()
         self._num_tokens += len(delta.token_ids)
         self._is_done = delta.finish_reason is not None
-        if delta.finish_reason in ("abort", "error"):
+        if delta.finish_reason in ("abort", "error", "timeout"):
             raise EngineFailedError
         return delta
 

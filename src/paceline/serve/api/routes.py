@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -31,6 +32,7 @@ def answering(engine: Engine, model_name: str) -> APIRouter:
             raise RequestError(message, param="model", status=404)
         with_usage = body.wants_usage()
         request = body.to_request(engine.tokenizer, engine.spec)
+        request = replace(request, tenant=http.state.tenant, timeout_s=http.state.timeout_s)
         try:
             stream = AnswerStream(engine, request)
         except RequestError as error:
