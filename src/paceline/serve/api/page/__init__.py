@@ -29,7 +29,7 @@ def page() -> APIRouter:
     """The routes of its files."""
     router = APIRouter(include_in_schema=False)
     for path, (name, kind) in FILES.items():
-        content = resources.files(__package__).joinpath(name).read_bytes()
+        content = resources.files(__name__).joinpath(name).read_bytes()
         answer = _Static(content, kind)
         router.add_api_route(path, answer.get, methods=["GET"])
     return router
