@@ -92,7 +92,6 @@ def test_an_answer_comes_in_parts_and_is_told_of(visit):
         assert page.locator("#send").is_visible()
         say(page, "again")
         page.locator(".turn.assistant .told").nth(1).wait_for()
-        assert [work.start for step in executor.steps for work in step][0] == 0
         assert page.locator(".turn").count() == 4
 
 
@@ -197,7 +196,7 @@ def test_the_keyboard_is_enough(visit):
             )
             page.keyboard.press("Tab")
         wanted = ["clear", "temperature", "top_p", "top_k", "max_tokens", "seed", "system", "log"]
-        assert [one for one in seen if one in wanted] and set(wanted) <= set(seen)
+        assert list(dict.fromkeys(one for one in seen if one in wanted)) == wanted
         names = page.evaluate(
             "[...document.querySelectorAll('input, textarea')].filter(one => !one.labels.length)"
             ".map(one => one.id)"
