@@ -78,7 +78,7 @@ class Book:
         self.waiting[request_id] = state
         self.waiting.move_to_end(request_id, last=False)
 
-    def work(self, share: Share) -> Work:
+    def work(self, share: Share, now_s: float) -> Work:
         """A request's part of a step, with blocks for it; one that waits is admitted."""
         number = share.request_id
         found: list[int] = []
@@ -88,6 +88,7 @@ class Book:
             state.num_computed = len(found) * self.kv.block_size
             if state.num_found is None:  # else it has been preempted, and finds its own
                 state.num_found = state.num_computed
+            state.admitted_s = now_s if state.admitted_s is None else state.admitted_s
             self.num_prompt_tokens += len(state.tokens)
             self.num_found_tokens += state.num_computed
         state = self.running[number]

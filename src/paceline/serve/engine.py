@@ -14,10 +14,12 @@ from paceline.decode.sampler import Sampled
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
 from paceline.serve.book import Book
-from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult
+from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult, Work
 from paceline.serve.kv.owner import root
 from paceline.serve.kv.pool import Key
+from paceline.serve.observe import Observer, step_of
 from paceline.serve.outlet import Event, Outlet
+from paceline.serve.queue_cap import QueueCap
 from paceline.serve.request import (
     AnswerText,
     Delta,
@@ -67,6 +69,11 @@ class Engine:
         clock: what time is read from.
         num_virtual: tokens before every request's own that take room in its blocks.
         grammars: whether a request's can be used; None where the executor knows none.
+        dtype: of weights, keys and values, for estimates of the bytes that a step reads.
+
+    Attributes:
+        queue_cap: how much may wait; None for any number.
+        is_restarting: whether what computes was lost and is being started again.
     """
 
     def __init__(
@@ -80,13 +87,17 @@ class Engine:
         clock: Clock | None = None,
         num_virtual: int = 0,
         grammars: GrammarCheck | None = None,
+        dtype: str = "float32",
     ) -> None:
-        self.spec, self.tokenizer = spec, tokenizer
+        self.spec, self.tokenizer, self.dtype = spec, tokenizer, dtype
+        self.queue_cap: QueueCap | None = None
+        self.is_restarting = False
         self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
         self._room_tokens = executor.num_blocks * executor.block_size - num_virtual
         self._executor, self._policy, self._budget = executor, policy, budget
         self._clock, self._grammars = clock or WallClock(), grammars
         self._outlet = Outlet(self.cancel)
+        self._observer: Observer | None = None
         self._arrived: list[RequestState] = []
         self._cancelled: set[int] = set()
         self._next_id = 0
@@ -104,12 +115,15 @@ class Engine:
 
         Raises:
             RequestError: it cannot be answered.
+            QueueFullError: too much waits.
             PacelineError: the engine has stopped or failed.
         """
         self.require(request)
         with self._wake:
             if self._is_stopped or self._failure:
                 raise PacelineError("the engine has stopped")
+            if self.queue_cap is not None:
+                self.queue_cap.require_room(self.waiting())
             number, self._next_id = self._next_id, self._next_id + 1
             self._arrived.append(self._begun(number, request, on_delta))
             self._wake.notify()
@@ -135,6 +149,15 @@ class Engine:
         with self._wake:
             self._cancelled.add(request_id)
             self._wake.notify()
+
+    def waiting(self) -> list[Request]:
+        """The requests that hold no blocks yet, or no more; a moment's picture, for any thread."""
+        states = [*self._arrived, *list(self.book.waiting.values())]
+        return [state.request for state in states]
+
+    def observe(self, observer: Observer) -> None:
+        """From now on `observer` is told of steps and answers."""
+        self._observer = self._outlet.observer = observer
 
     def stop(self) -> None:
         """Ends `serve` after the step that it is in; open requests are aborted."""
@@ -180,22 +203,25 @@ class Engine:
             self._admit()
             self._end_all("error" if self._failure else "abort")
             self._outlet.close()
+            self._is_stopped = True  # whatever it was that ended it
 
     def step(self) -> None:
         """Admits what has come, and computes one step of what the policy chooses."""
         self._admit()
-        plan = self._policy(self.book.view(), self._budget, self._clock.now_s())
+        now_s = self._clock.now_s()
+        plan = self._policy(self.book.view(), self._budget, now_s)
         for request_id in plan.preempted:
             self._executor.release(request_id)
             self.book.preempt(request_id)
-        if plan.shares:
-            work = [self.book.work(share) for share in plan.shares]
+        work = [self.book.work(share, now_s) for share in plan.shares]
+        if work:
             try:
                 result = self._executor.run(work)
             except ExecutorLostError as error:
                 self._begin_anew(error)
             else:
                 self._emit(plan, result)
+        self._tell(work)
 
     def _wait(self) -> bool:
         """Sleeps until there is work; False once stopped."""
@@ -240,12 +266,19 @@ class Engine:
     def _end_all(self, reason: FinishReason, error: str = "") -> None:
         self._end([state.id for state in self.book.open()], reason, error)
 
+    def _tell(self, work: Sequence[Work]) -> None:
+        """Whoever observes learns what a step has computed, and who runs and waits after it."""
+        if self._observer is not None:
+            self._observer.stepped(step_of(work, self.book))
+
     def _begin_anew(self, error: ExecutorLostError) -> None:
         """What computes is gone: those who wait for it are told, and it is started again."""
         _log.error("%s; it is started again", error)
+        self.is_restarting = True
         self._end_all("error", str(error))
         self.book.forget_blocks()
         self._executor.restart()
+        self.is_restarting = False
 
     def _begun(
         self, number: int, request: Request, on_delta: Callable[[Delta], None]

@@ -54,6 +54,7 @@ def load_engine(
         source.tokenizer,
         num_virtual=num_virtual,
         grammars=GrammarCheck(grammars),
+        dtype=str(dtype).split(".")[1],
     )
 
 

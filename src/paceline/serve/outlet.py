@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from paceline.decode.sampler import Sampled
+from paceline.serve.observe import Observer
 from paceline.serve.request import Delta, FinishReason, RequestState
 
 _log = logging.getLogger(__name__)
@@ -42,9 +43,13 @@ class Outlet:
     Args:
         on_stopped: called with the id of a request that needs no more tokens, from whatever thread
             `put` or the outlet's own is.
+
+    Attributes:
+        observer: told of every part of an answer, once it is handed over.
     """
 
     def __init__(self, on_stopped: Callable[[int], None]) -> None:
+        self.observer: Observer | None = None
         self._on_stopped = on_stopped
         self._ended: set[int] = set()  # before the engine knows
         self._events: queue.SimpleQueue[Sequence[Event] | None] = queue.SimpleQueue()
@@ -79,6 +84,8 @@ class Outlet:
             if number not in self._ended:
                 delta = _delta(event)
                 is_heard = self._give(event.state, delta)
+                if self.observer is not None:
+                    self.observer.told(event.state, delta)
                 if event.reason is None and (delta.finish_reason is not None or not is_heard):
                     if delta.finish_reason is not None:
                         self._ended.add(number)

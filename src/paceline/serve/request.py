@@ -99,6 +99,7 @@ class RequestState:
         num_found: how many of the prompt's were found in the cache; None before it has run.
         scores: the prompt's tokens but the first with their log-probabilities, as far as they are
             known, where they are asked for.
+        admitted_s: when it first held blocks; None before.
     """
 
     id: int
@@ -112,6 +113,7 @@ class RequestState:
     num_computed: int = 0
     num_found: int | None = None
     scores: list[Sampled] = field(default_factory=list)
+    admitted_s: float | None = None
 
     @property
     def num_generated(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 from paceline.core.errors import Problem, name_hint
 from paceline.plan.mesh import AXES
-from paceline.plan.plan import Plan
+from paceline.plan.plan import LimitsConfig, Plan
 from paceline.plan.rules.known import Known, value_at
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
@@ -52,6 +53,7 @@ POSITIVE = (
     "resilience.patience",
     "serve.max_batch_tokens",
     "serve.max_sequences",
+    *(f"serve.limits.{key.name}" for key in dataclasses.fields(LimitsConfig)),
 )
 
 
