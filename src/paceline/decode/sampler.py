@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paceline.core import rng
+from paceline.kernels.choose import draw_rows, highest_rows
 
 _LEAST_TEMPERATURE = 1e-30  # the most likely token, as far as that goes; less would overflow
 
@@ -73,10 +74,28 @@ def sample_rows(logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         logits_RV: of the model, in any dtype and on any device.
         draws: how to choose, one a row.
     """
+    is_greedy = [draw.params.temperature == 0 for draw in draws]
+    is_plain = [draw.params.top_k == 0 and draw.params.top_p >= 1 for draw in draws]
+    if all(is_greedy):
+        return [Sampled(token) for token in highest_rows(logits_RV)]
+    if any(is_greedy) or not all(is_plain):
+        found: Sequence[int | None] = [None] * len(draws)
+    else:
+        found = draw_plainly(logits_RV, draws)
     return [
-        Sampled(sample(logits_V, draw.params, draw.position))
-        for logits_V, draw in zip(logits_RV, draws, strict=True)
+        Sampled(sample(logits_V, draw.params, draw.position) if token is None else token)
+        for logits_V, draw, token in zip(logits_RV, draws, found, strict=True)
     ]
+
+
+def draw_plainly(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """Tokens of draws by temperature alone, as `sample` gives them; None where it has to."""
+    keys = [
+        rng.key(seed=draw.params.seed, purpose="sample", stream=draw.params.stream)
+        for draw in draws
+    ]
+    temperatures = [max(draw.params.temperature, _LEAST_TEMPERATURE) for draw in draws]
+    return draw_rows(logits_RV, temperatures, keys, [draw.position for draw in draws])
 
 
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:

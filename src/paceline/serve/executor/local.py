@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.decode.paged import Next, PagedStore, extend_all
+from paceline.decode.paged import PagedStore, extend_all
 from paceline.decode.sampler import Sampled, sample_rows
 from paceline.models.decoder import Decoder
 from paceline.serve.executor.base import StepResult, Work
+from paceline.serve.executor.tables import Tables
 
 
 class LocalExecutor:
@@ -26,7 +27,7 @@ class LocalExecutor:
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
-        self._tables: dict[int, list[int]] = {}
+        self._tables = Tables(block_size, model.num_virtual_tokens)
 
     def run(self, step: Sequence[Work]) -> StepResult:
         sampled: dict[int, Sampled] = {}
@@ -35,7 +36,7 @@ class LocalExecutor:
         return StepResult(sampled)
 
     def release(self, request_id: int) -> None:
-        self._tables.pop(request_id, None)
+        self._tables.release(request_id)
 
     def restart(self) -> None:
         self._tables.clear()
@@ -52,18 +53,9 @@ class LocalExecutor:
 
     @torch.inference_mode()
     def _compute(self, works: Sequence[Work]) -> dict[int, Sampled]:
-        sequences = [self._next(work) for work in works]
+        sequences = [self._tables.extend(work) for work in works]
         ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
         drawn = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.draw]
         logits_RV = extend_all(self._model, sequences, self._store, [place for _, place in drawn])
         found = sample_rows(logits_RV, [work.draw for work, _ in drawn if work.draw])
         return {work.request_id: one for (work, _), one in zip(drawn, found, strict=True)}
-
-    def _next(self, work: Work) -> Next:
-        table = self._tables.setdefault(work.request_id, [])
-        table.extend(work.new_blocks)
-        num_virtual = self._model.num_virtual_tokens
-        num_before = num_virtual + work.start if work.start else 0
-        num_tokens = num_virtual + work.start + len(work.tokens)
-        assert len(table) * self.block_size >= num_tokens, "the table and the request disagree"
-        return Next(work.tokens, num_before, torch.tensor(table, dtype=torch.int32))
