@@ -23,6 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         offset: added to the weight, which is then applied in the wide dtype too, as Gemma does.
     """
     width = x.shape[-1]
+    if not torch.is_grad_enabled():
+        x = x.contiguous()  # heads cut out of a fused projection are not
     if not native.takes(x, weight):
         return _reference(x, weight, eps, offset)
     y = torch.empty_like(x)
