@@ -25,11 +25,16 @@ def bits(
     count: int, *, seed: int, purpose: str, stream: str | int = 0, position: int = 0
 ) -> NDArray[np.uint64]:
     """`count` uniform 64-bit words. Positions never overlap while `count` is below 2**66."""
+    words = np.frombuffer(key(seed=seed, purpose=purpose, stream=stream), dtype="<u8")
+    counter = np.array([0, position, 0, 0], dtype=np.uint64)
+    return np.random.Philox(key=words, counter=counter).random_raw(count)
+
+
+def key(*, seed: int, purpose: str, stream: str | int = 0) -> bytes:
+    """The cipher's key: two words, the lower byte first."""
     assert "|" not in purpose, f"the purpose {purpose!r} could be taken for another and a stream"
     text = f"{seed}|{purpose}|{stream}".encode()
-    key = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype="<u8")
-    counter = np.array([0, position, 0, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def uniform(

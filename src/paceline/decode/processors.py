@@ -17,7 +17,8 @@ from torch import Tensor
 
 from paceline.core.errors import PacelineError
 
-_LEAST_TEMPERATURE = 1e-30  # the most likely token, as far as that goes; less would overflow
+LEAST_TEMPERATURE = 1e-30
+"""The most likely token, as far as that goes; less would overflow."""
 _GAPS = (4.0, 8.0, math.inf)  # below the largest logit: top-p sorts no more than it needs
 
 
@@ -155,7 +156,7 @@ class Temperature:
     """
 
     def __init__(self, temperature: float) -> None:
-        self._temperature = max(temperature, _LEAST_TEMPERATURE)
+        self._temperature = max(temperature, LEAST_TEMPERATURE)
 
     def __call__(self, logits_V: Tensor, history: History) -> Tensor:  # noqa: ARG002
         return logits_V / self._temperature

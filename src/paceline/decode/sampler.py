@@ -25,6 +25,7 @@ from paceline.decode.draw import Draw, SamplingParams
 from paceline.decode.grammar import GrammarMask, Grammars
 from paceline.decode.logprobs import Sampled, with_logprobs
 from paceline.decode.processors import (
+    LEAST_TEMPERATURE,
     Bias,
     DeadEndError,
     History,
@@ -37,6 +38,7 @@ from paceline.decode.processors import (
     TopK,
     TopP,
 )
+from paceline.kernels.choose import draw_rows, highest_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +150,13 @@ def sample_rows(
     greedy, plain, others = _grouped(draws, chains)
     tokens: dict[int, int | Refused] = {}
     if greedy:
-        tokens |= zip(greedy, _rows(logits_RV, greedy).argmax(dim=-1).tolist(), strict=True)
+        tokens |= zip(greedy, highest_rows(_rows(logits_RV, greedy)), strict=True)
+    if plain:
+        drawn = draw_plainly(_rows(logits_RV, plain), [draws[row] for row in plain])
+        tokens |= {row: one for row, one in zip(plain, drawn, strict=True) if one is not None}
     for row in (*plain, *others):
-        tokens[row] = _sample_processed(logits_RV[row], draws[row], chains[row])
+        if row not in tokens:
+            tokens[row] = _sample_processed(logits_RV[row], draws[row], chains[row])
     return _told(logits_RV, draws, [tokens[row] for row in range(len(draws))])
 
 
@@ -196,6 +202,16 @@ def _sample_processed(logits_V: Tensor, draw: Draw, chain: Chain) -> int | Refus
         return _choose(scores_V, draw.params, draw.position)
     except (DeadEndError, RequestError) as error:
         return Refused(error.message)
+
+
+def draw_plainly(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """Tokens of draws by temperature alone, as `sample` gives them; None where it has to."""
+    keys = [
+        rng.key(seed=draw.params.seed, purpose="sample", stream=draw.params.stream)
+        for draw in draws
+    ]
+    temperatures = [max(draw.params.temperature, LEAST_TEMPERATURE) for draw in draws]
+    return draw_rows(logits_RV, temperatures, keys, [draw.position for draw in draws])
 
 
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:

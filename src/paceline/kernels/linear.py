@@ -1,4 +1,4 @@
-"""``y = x W^T + b``; one row is read at the rate of memory."""
+"""``y = x W^T + b``; few rows are computed at the rate of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from paceline.kernels import native
+
+FEW_ROWS = {torch.float32: 16, torch.bfloat16: 16}
+"""Rows up to which our kernel is faster than torch's, on two cores of Zen 3 (AVX2) with weights of
+SmolLM2's shapes that come from memory; ``paceline bench decode`` measures whole steps."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,9 +25,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., out).
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if x.numel() != x.shape[-1] or not native.takes(*tensors):
+    num_rows = x.numel() // x.shape[-1]
+    if num_rows > FEW_ROWS.get(x.dtype, 0) or not native.takes(*tensors):
         return functional.linear(x, weight, bias)
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    threads = torch.get_num_threads()
-    native.call("linear", x.dtype, weight, bias, x, y, *weight.shape, threads)
+    return _product(x, weight, bias, num_rows)
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product, each row of which is the same bit by bit whatever rows are beside it.
+
+    Arguments are those of `linear`, contiguous, in float32 or bfloat16 on a CPU with a C compiler.
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    assert native.takes(*tensors), "no kernel for this product, and torch's is not invariant"
+    return _product(x, weight, bias, x.numel() // x.shape[-1])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int) -> Tensor:
+    num_outputs, width = weight.shape
+    y = x.new_empty(*x.shape[:-1], num_outputs)
+    sizes = (num_rows, width, num_outputs, torch.get_num_threads())
+    native.call("product", x.dtype, weight, None, bias, x, y, *sizes)
     return y

@@ -11,6 +11,8 @@ from paceline.kernels.device import choose_device, choose_dtype
 from paceline.models.adapters import adapt, resolve_adapted
 from paceline.models.fuse import fuse
 from paceline.models.hub import ModelSource
+from paceline.models.int8 import use_int8
+from paceline.models.invariant import make_invariant
 from paceline.models.weights import build, fill
 from paceline.plan import check
 from paceline.plan.model_spec import DTYPE_BYTES, ModelSpec
@@ -43,6 +45,10 @@ def load_engine(
     decoder = build(source.spec, dtype)
     fill(decoder, adapt(decoder, source), where)
     fuse(decoder)
+    if plan.serve.weights == "int8":
+        use_int8(decoder)
+    if plan.serve.batch_invariant:
+        make_invariant(decoder)
     num_virtual = decoder.num_virtual_tokens
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
     grammars = Grammars(source.tokenizer, source.spec.vocab_size)

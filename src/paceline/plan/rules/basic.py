@@ -16,7 +16,6 @@ from paceline.plan.rules.known import Known, value_at
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "serve.weights": ("auto",),
     "serve.draft": ("none",),
     "serve.mesh.tp": (1,),
     "serve.mesh.pp": (1,),

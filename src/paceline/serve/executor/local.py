@@ -9,10 +9,11 @@ from torch import Tensor
 
 from paceline.decode.grammar import Grammars
 from paceline.decode.logprobs import with_logprobs
-from paceline.decode.paged import Next, PagedStore, extend_all
+from paceline.decode.paged import PagedStore, extend_all
 from paceline.decode.sampler import Refused, Sampled, Sampler
 from paceline.models.decoder import Decoder
 from paceline.serve.executor.base import StepResult, Work
+from paceline.serve.executor.tables import Tables
 
 
 class LocalExecutor:
@@ -36,7 +37,7 @@ class LocalExecutor:
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
-        self._tables: dict[int, list[int]] = {}
+        self._tables = Tables(block_size, model.num_virtual_tokens)
         self._sampler = Sampler(grammars)
 
     def run(self, step: Sequence[Work]) -> StepResult:
@@ -49,7 +50,7 @@ class LocalExecutor:
         return step_result(found, scored)
 
     def release(self, request_id: int) -> None:
-        self._tables.pop(request_id, None)
+        self._tables.release(request_id)
         self._sampler.forget(request_id)
 
     def restart(self) -> None:
@@ -70,7 +71,7 @@ class LocalExecutor:
         self, works: Sequence[Work]
     ) -> tuple[dict[int, Sampled | Refused], dict[int, Sequence[Sampled]]]:
         """What is drawn, and the prompts' tokens that are scored."""
-        sequences = [self._next(work) for work in works]
+        sequences = [self._tables.extend(work) for work in works]
         ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
         drawn = [end - 1 for work, end in zip(works, ends, strict=True) if work.draw]
         scored = [
@@ -82,15 +83,6 @@ class LocalExecutor:
         draws = {work.request_id: work.draw for work in works if work.draw}
         found = self._sampler.sample(logits_RV[: len(drawn)], draws)
         return found, score(logits_RV[len(drawn) :], works)
-
-    def _next(self, work: Work) -> Next:
-        table = self._tables.setdefault(work.request_id, [])
-        table.extend(work.new_blocks)
-        num_virtual = self._model.num_virtual_tokens
-        num_before = num_virtual + work.start if work.start else 0
-        num_tokens = num_virtual + work.start + len(work.tokens)
-        assert len(table) * self.block_size >= num_tokens, "the table and the request disagree"
-        return Next(work.tokens, num_before, torch.tensor(table, dtype=torch.int32))
 
 
 def score(logits_RV: Tensor, works: Sequence[Work]) -> dict[int, Sequence[Sampled]]:
