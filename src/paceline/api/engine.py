@@ -51,6 +51,7 @@ class Engine:
         top_k: int = 0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        adapter: str = "",
     ) -> list[Answer]:
         """Continues prompts; an answer does not depend on what else is in the list.
 
@@ -62,6 +63,7 @@ class Engine:
             top_k: this many of the most likely tokens are kept; 0 for all.
             seed: of the sampling; random unless given.
             stop: texts that end an answer and are left out of it.
+            adapter: name of the plan's ``[serve.adapters]`` that answers; empty for none.
 
         Returns:
             One answer a prompt, each with `text`, `token_ids` and `finish_reason`.
@@ -78,6 +80,7 @@ class Engine:
                 sampling=sampling,
                 max_tokens=max_tokens,
                 stop=stops,
+                adapter=adapter,
             )
             for prompt in _as_list(prompts)
         )
@@ -92,6 +95,7 @@ class Engine:
         top_k: int = 0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        adapter: str = "",
     ) -> Answer:
         """Answers a conversation, through the model's chat template.
 
@@ -110,6 +114,7 @@ class Engine:
             top_k=top_k,
             seed=seed,
             stop=stop,
+            adapter=adapter,
         )[0]
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:

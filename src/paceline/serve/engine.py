@@ -21,6 +21,7 @@ from paceline.serve.request import (
     FinishReason,
     Request,
     RequestState,
+    require_adapter,
     require_servable,
 )
 from paceline.serve.schedule.base import Budget, Policy, StepPlan
@@ -57,6 +58,10 @@ class Engine:
         tokenizer: of the model.
         clock: what time is read from.
         num_virtual: tokens before every request's own that take room in its blocks.
+        adapters: names that a request may give as its adapter.
+
+    Attributes:
+        adapters: the names of the adapters beside the model.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class Engine:
         *,
         clock: Clock | None = None,
         num_virtual: int = 0,
+        adapters: Sequence[str] = (),
     ) -> None:
+        self.adapters = tuple(adapters)
         self.spec, self.tokenizer = spec, tokenizer
         self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
         self._room_tokens = executor.num_blocks * executor.block_size - num_virtual
@@ -95,7 +102,7 @@ class Engine:
             RequestError: it cannot be answered.
             PacelineError: the engine has stopped or failed.
         """
-        require_servable(request, self.spec, self._room_tokens)
+        self._require(request)
         with self._wake:
             if self._is_stopped or self._failure:
                 raise PacelineError("the engine has stopped")
@@ -120,7 +127,7 @@ class Engine:
         """Answers requests on this thread, in their order."""
         requests = list(requests)
         for request in requests:  # all of them, before the first is begun
-            require_servable(request, self.spec, self._room_tokens)
+            self._require(request)
         answers: list[list[Delta]] = []
         for request in requests:
             deltas: list[Delta] = []
@@ -221,6 +228,11 @@ class Engine:
         self._end_all("error", str(error))
         self.book.forget_blocks()
         self._executor.restart()
+
+    def _require(self, request: Request) -> None:
+        """Raises RequestError for what cannot be answered."""
+        require_servable(request, self.spec, self._room_tokens)
+        require_adapter(request.adapter, self.adapters)
 
     def _begun(
         self, number: int, request: Request, on_delta: Callable[[Delta], None]

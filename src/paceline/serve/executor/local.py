@@ -9,6 +9,7 @@ import torch
 from paceline.decode.paged import Next, PagedStore, extend_all
 from paceline.decode.sampler import Sampled, sample_rows
 from paceline.models.decoder import Decoder
+from paceline.models.peft.segments import Segments
 from paceline.serve.executor.base import StepResult, Work
 
 
@@ -19,10 +20,17 @@ class LocalExecutor:
         model: with its weights.
         num_blocks: blocks for keys and values.
         block_size: tokens to a block.
+        segments: that the model's adapters look at, if it has some beside it.
     """
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
-        self._model = model.eval()
+    def __init__(
+        self,
+        model: Decoder,
+        num_blocks: int,
+        block_size: int,
+        segments: Segments | None = None,
+    ) -> None:
+        self._model, self._segments = model.eval(), segments
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
@@ -44,14 +52,20 @@ class LocalExecutor:
         pass
 
     def _passes(self, step: Sequence[Work]) -> list[list[Work]]:
-        """What is computed together; a prelude stands before one sequence alone."""
+        """What is computed together: rows of an adapter lie next to each other.
+
+        A prelude stands before one sequence alone.
+        """
         if self._model.num_virtual_tokens == 0:
-            return [list(step)] if step else []
+            return [sorted(step, key=lambda work: work.adapter)] if step else []
         begun = [work for work in step if work.start > 0]
         return [*([begun] if begun else []), *([work] for work in step if work.start == 0)]
 
     @torch.inference_mode()
     def _compute(self, works: Sequence[Work]) -> dict[int, Sampled]:
+        if self._segments is not None:
+            lengths = [len(work.tokens) for work in works]
+            self._segments.set([work.adapter for work in works], lengths)
         sequences = [self._next(work) for work in works]
         ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
         drawn = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.draw]
