@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_benchmark_is_tested_here_or_by_itself():
-    by_themselves = {"axes", "vocabulary", "ladder", "watch", "checkpoint", "serve"}
+    by_themselves = {"adapters", "axes", "vocabulary", "ladder", "watch", "checkpoint", "serve"}
     assert set(BENCHMARKS) == {*OF_MODELS, *by_themselves}
 
 
