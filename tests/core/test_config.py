@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pickle
 import tomllib
 from dataclasses import dataclass, field
 from datetime import date
@@ -83,7 +82,7 @@ def test_an_optional_table_round_trips():
 def test_a_table_of_texts():
     tree = Tree(named={"a.b": "x"})
     assert tree.named == {"a.b": "x"} == Tree.from_dict({"named": {"a.b": "x"}}).named
-    assert (pickle.loads(pickle.dumps(tree)), copy.deepcopy(tree)) == (tree, tree)
+    assert copy.deepcopy(tree) == tree
     assert tree.with_overrides(["named.c=y"]).named == {"a.b": "x", "c": "y"}
     assert {tree, Tree(named={"a.b": "x"})} == {tree}
     rule = "must be a table whose values are texts"

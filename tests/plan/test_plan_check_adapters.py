@@ -26,7 +26,7 @@ def test_settings_name_them_one_by_one():
     assert plan.with_overrides(["serve.adapters.cyd=./c"]).serve.adapters == FOLDERS | {
         "cyd": "./c"
     }
-    with pytest.raises(ConfigError, match="serve.adapters = .*a table whose values are texts"):
+    with pytest.raises(ConfigError, match=r"serve\.adapters = .*a table whose values are texts"):
         Plan().with_overrides(["serve.adapters.cyd=3"])
 
 

@@ -26,6 +26,7 @@ from paceline.models.peft import PEFT
 from paceline.models.peft.files import open_adapter
 from paceline.models.peft.segments import Segment, Segments
 from paceline.plan.plan import PeftConfig, Plan
+from paceline.serve.adapters import adapter_named, require_names_apart
 from paceline.serve.kv.owner import root
 from paceline.serve.load import BLOCK_SIZE, load_engine
 from paceline.serve.request import Request
@@ -143,7 +144,7 @@ def swap_adapters(monkeypatch) -> None:
 
 
 def forget_scale(monkeypatch) -> None:
-    def wrong(config, module, added):
+    def wrong(_config, module, added):
         return added.read(f"{module}.lora_a"), added.read(f"{module}.lora_b")
 
     monkeypatch.setattr("paceline.models.peft.lora.factors", wrong)
@@ -188,12 +189,23 @@ def test_names(llama):
 
 
 def test_an_unknown_adapter_is_a_404_that_names_the_others(llama):
-    with pytest.raises(RequestError, match="there is no adapter 'eve'") as caught:
+    with pytest.raises(RequestError, match="no adapter 'eve'") as caught:
         llama.engine().generate([of(REQUESTS[0], "eve")])
     assert (caught.value.status, caught.value.param) == (404, "model")
     assert caught.value.hint == "one of ada, bob, cyd, dan"
-    with pytest.raises(RequestError, match="this server has none"):
+    with pytest.raises(RequestError, match="this engine has none"):
         merged_engine(llama.source, None).submit(of(REQUESTS[0], "ada"), print)
+
+
+def test_what_the_model_field_means():
+    assert adapter_named("tiny", "tiny", ["ada"]) == ""
+    assert adapter_named("ada", "tiny", ["ada"]) == "ada"
+    with pytest.raises(RequestError, match="no model 'eve'") as caught:
+        adapter_named("eve", "tiny", ["bob", "ada"])
+    assert (caught.value.status, caught.value.hint) == (404, "one of tiny, ada, bob")
+    require_names_apart("tiny", ["ada"])
+    with pytest.raises(UsageError, match="'ada' is the model's name and that of one"):
+        require_names_apart("ada", ["ada"])
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bottleneck"])
@@ -236,5 +248,5 @@ def test_memory_is_told_and_another_base_is_warned_of(llama, caplog):
 
 def test_a_plan_that_cannot_be_served(llama):
     plan = Plan().with_overrides(["serve.adapters.ada=a", "serve.batch_invariant=true"])
-    with pytest.raises(ConfigError, match="set serve.batch_invariant = false"):
+    with pytest.raises(ConfigError, match=r"set serve\.batch_invariant = false"):
         load_engine(llama.source, plan, device="cpu")

@@ -11,6 +11,7 @@ from paceline.core.clock import Clock, WallClock
 from paceline.core.errors import PacelineError
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
+from paceline.serve.adapters import require_adapter
 from paceline.serve.book import Book
 from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult
 from paceline.serve.kv.owner import root
@@ -21,7 +22,6 @@ from paceline.serve.request import (
     FinishReason,
     Request,
     RequestState,
-    require_adapter,
     require_servable,
 )
 from paceline.serve.schedule.base import Budget, Policy, StepPlan

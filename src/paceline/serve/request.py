@@ -8,7 +8,7 @@ next token can be sampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -203,18 +203,6 @@ def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> Non
     _require_tokens(request.prompt_ids, spec)
     if any(not stop for stop in request.stop):
         raise RequestError("a stop string is empty", param="stop")
-
-
-def require_adapter(name: str, known: Collection[str]) -> None:
-    """Raises RequestError for an adapter that is not served.
-
-    Args:
-        name: that a request gives; empty for none.
-        known: the names that there are.
-    """
-    if name and name not in known:
-        hint = f"one of {', '.join(sorted(known))}" if known else "this server has none"
-        raise RequestError(f"there is no adapter {name!r}", param="model", status=404, hint=hint)
 
 
 def _require_tokens(ids: Sequence[int], spec: ModelSpec) -> None:

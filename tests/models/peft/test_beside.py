@@ -77,7 +77,7 @@ def model_beside(spec: ModelSpec, *, is_fused: bool = True) -> tuple[Decoder, Be
 
 @torch.no_grad()
 def errors(model: Decoder, beside: Beside, sequences: list[tuple[str, int]]) -> list[float]:
-    """How far each sequence of a pass is from the model with its adapter merged, largest logit 1."""
+    """How far each sequence of a pass is from the merged model, over its largest logit."""
     found, spec = [], model.spec
     lengths = [length for _, length in sequences]
     generator = torch.Generator().manual_seed(5)
