@@ -22,6 +22,7 @@ from tenants import (
 
 from paceline.core.errors import ConfigError, RequestError, UsageError
 from paceline.decode.sampler import SamplingParams
+from paceline.models.hub import resolve
 from paceline.models.peft import PEFT
 from paceline.models.peft.files import open_adapter
 from paceline.models.peft.segments import Segment, Segments
@@ -233,7 +234,7 @@ def test_adapters_are_for_the_model_without_one(llama):
 
 
 def test_another_models_adapter(llama, tmp_path):
-    folder = write(tmp_path / "eve", source_of("gemma3"), CONFIGS["bob"])
+    folder = write(tmp_path / "eve", resolve("random:llama:small"), CONFIGS["bob"])
     with pytest.raises(UsageError, match="the adapter belongs to another model"):
         engine_of(llama.source, {"eve": folder})
 

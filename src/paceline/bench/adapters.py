@@ -30,7 +30,7 @@ from paceline.serve.request import Request
 PEER = "base"
 NUM_ADAPTERS = 8
 NUM_REQUESTS = 32
-NUM_TOKENS = 16
+NUM_TOKENS = 8
 _CONFIG = PeftConfig(method="lora", rank=16, alpha=16.0)
 _STD = 0.01
 

@@ -42,24 +42,25 @@ CONFIGS = {
 
 
 class Uneven:
-    """Random weights whose biases are not zero."""
+    """Random weights in float64, whose biases are not zero."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._weights = RandomWeights(spec)
 
     def read(self, name: str) -> Tensor:
-        value = self._weights.read(name)
+        value = self._weights.read(name).double()
         if not name.endswith(".bias"):
             return value
         draws = rng.normal(value.numel(), seed=3, purpose="test", stream=name)
-        return torch.from_numpy(0.3 * draws).view_as(value).float()
+        return torch.from_numpy(0.3 * draws).view_as(value)
 
 
 def adapters_of(spec: ModelSpec) -> dict[str, Adapter]:
-    return {
-        name: Adapter(Path(name), config, added_tensors(spec, config, std=0.2))
-        for name, config in CONFIGS.items()
-    }
+    found = {}
+    for name, config in CONFIGS.items():
+        tensors = added_tensors(spec, config, std=0.2)
+        found[name] = Adapter(Path(name), config, {key: v.double() for key, v in tensors.items()})
+    return found
 
 
 def filled(spec: ModelSpec, weights: Weights) -> Decoder:
