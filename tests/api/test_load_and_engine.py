@@ -9,6 +9,10 @@ import torch
 
 import paceline as pl
 from paceline.core.errors import RequestError, UnknownNameError, UsageError
+from paceline.models.hub import resolve
+from paceline.models.peft.attach import attach
+from paceline.models.peft.files import write_adapter
+from paceline.models.weights import build
 
 pytestmark = pytest.mark.cpu
 
@@ -80,6 +84,23 @@ def test_a_chat_is_its_template(engine):
     answer = engine.chat([{"role": "user", "content": "who rides?"}], max_tokens=4)
     prompt = "<|im_start|>user\nwho rides?<|im_end|>\n<|im_start|>assistant\n"
     assert answer == engine.generate(prompt, max_tokens=4)[0]
+
+
+def test_an_adapter_answers_by_its_name(tmp_path):
+    source = resolve(MODEL)
+    config = pl.PeftConfig(method="ia3")
+    added = attach(build(source.spec), config, source.weights)
+    tensors = {name: -added.weights.read(name) for name in added.added}
+    write_adapter(tmp_path, source.spec, config, MODEL, tensors)
+    serve = pl.ServeConfig(dtype="float32", adapters={"ada": str(tmp_path)})
+    both, merged = pl.Engine(MODEL, pl.Plan(serve=serve)), pl.Engine(tmp_path)
+    sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 1}
+    assert both.generate("pace", **sampling, adapter="ada") == merged.generate("pace", **sampling)
+    assert both.generate("pace", **sampling) != merged.generate("pace", **sampling)
+    messages = [{"role": "user", "content": "who rides?"}]
+    assert both.chat(messages, **sampling, adapter="ada") == merged.chat(messages, **sampling)
+    with pytest.raises(RequestError, match="no adapter 'eve'"):
+        both.generate("pace", adapter="eve")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class GenerateOptions(TypedDict, total=False):
         json_schema: what an answer's JSON satisfies.
         regex: what matches a whole answer.
         json_object: whether an answer is a JSON object.
+        adapter: name of the plan's ``[serve.adapters]`` that answers; empty for none.
     """
 
     max_tokens: int
@@ -61,6 +62,7 @@ class GenerateOptions(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str
     regex: str
     json_object: bool
+    adapter: str
 
 
 class Engine:

@@ -15,6 +15,7 @@ from paceline.core.errors import ConfigError, Problem
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
+from paceline.plan.rules.adapters import adapters_are_named, adapters_stay_whole
 from paceline.plan.rules.basic import betas, levels, names, not_built, signs
 from paceline.plan.rules.context import (
     context_has_ranks,
@@ -127,7 +128,7 @@ def require_for_module(plan: Plan) -> None:
         raise ConfigError(problems, source="the plan")
 
 
-BASIC_RULES: tuple[Rule, ...] = (signs, betas, levels, not_built, names)
+BASIC_RULES: tuple[Rule, ...] = (signs, betas, levels, not_built, names, adapters_are_named)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
@@ -173,6 +174,11 @@ RULES: dict[Rule, tuple[str, ...]] = {
     split_backward: ("pipeline.schedule", *_ZERO),
     restarts_are_counted: ("resilience.on_failure", "resilience.max_restarts"),
     shrink_plans_are_read: ("resilience.on_failure", "resilience.shrink_plans"),
+    adapters_stay_whole: (
+        "serve.adapters",
+        "serve.batch_invariant",
+        *(f"serve.mesh.{axis}" for axis in ("tp", "pp", "ep")),
+    ),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""
 WARNINGS: tuple[Rule, ...] = (token_ring_pays,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from paceline.core.config import Config
+from paceline.core.config import Config, TextTable
 from paceline.plan.mesh import MeshConfig
 
 DtypeName = Literal["float64", "float32", "bfloat16"]
@@ -323,6 +323,8 @@ class ServeConfig(Config):
         weights: ``auto`` is `dtype`.
         batch_invariant: whether logits must not depend on what else is in the batch.
         draft: what proposes tokens ahead of the model.
+        adapters: name to the folder of an adapter; all of them are served beside the model, each to
+            the requests that name it.
         mesh: serving's own layout.
         limits: what the server takes on.
     """
@@ -335,6 +337,7 @@ class ServeConfig(Config):
     weights: Literal["auto", "int8"] = "auto"
     batch_invariant: bool = False
     draft: str = "none"
+    adapters: TextTable = field(default_factory=TextTable)
     mesh: ServeMeshConfig = field(default_factory=ServeMeshConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 

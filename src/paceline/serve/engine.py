@@ -13,6 +13,7 @@ from paceline.decode.grammar_check import GrammarCheck
 from paceline.decode.sampler import Sampled
 from paceline.models.tokenizer import Tokenizer
 from paceline.plan.model_spec import ModelSpec
+from paceline.serve.adapters import require_adapter
 from paceline.serve.book import Book
 from paceline.serve.executor.base import Executor, ExecutorLostError, StepResult, Work
 from paceline.serve.kv.owner import root
@@ -70,8 +71,10 @@ class Engine:
         num_virtual: tokens before every request's own that take room in its blocks.
         grammars: whether a request's can be used; None where the executor knows none.
         dtype: of weights, keys and values, for estimates of the bytes that a step reads.
+        adapters: names that a request may give as its adapter.
 
     Attributes:
+        adapters: the names of the adapters beside the model.
         queue_cap: how much may wait; None for any number.
         is_restarting: whether what computes was lost and is being started again.
     """
@@ -88,8 +91,10 @@ class Engine:
         num_virtual: int = 0,
         grammars: GrammarCheck | None = None,
         dtype: str = "float32",
+        adapters: Sequence[str] = (),
     ) -> None:
         self.spec, self.tokenizer, self.dtype = spec, tokenizer, dtype
+        self.adapters = tuple(adapters)
         self.queue_cap: QueueCap | None = None
         self.is_restarting = False
         self.book = Book(executor.num_blocks, executor.block_size, num_virtual)
@@ -139,6 +144,7 @@ class Engine:
             RequestError: it cannot be answered.
         """
         require_servable(request, self.spec, self._room_tokens)
+        require_adapter(request.adapter, self.adapters)
         if request.grammar is not None:
             if self._grammars is None:
                 raise RequestError("this engine knows no grammars", param="grammar")

@@ -8,7 +8,7 @@ from paceline.core.errors import ConfigError, Problem
 from paceline.decode.grammar import Grammars
 from paceline.decode.grammar_check import GrammarCheck
 from paceline.kernels.device import choose_device, choose_dtype
-from paceline.models.adapters import adapt, resolve_adapted
+from paceline.models.adapters import adapt, open_beside, put_all_beside, resolve_adapted
 from paceline.models.fuse import fuse
 from paceline.models.hub import ModelSource
 from paceline.models.int8 import use_int8
@@ -35,11 +35,12 @@ def load_engine(
 
     Raises:
         ConfigError: the plan cannot be served.
-        UsageError: no such model.
+        UsageError: no such model or adapter, or an adapter that cannot be served beside others.
     """
     plan = plan or Plan()
     source = resolve_adapted(model) if isinstance(model, str) else model
     check.require(plan, source.spec)
+    adapters = open_beside(source, plan.serve.adapters)
     where = choose_device(device)
     dtype = choose_dtype(plan.serve.dtype, where)
     decoder = build(source.spec, dtype)
@@ -49,11 +50,12 @@ def load_engine(
         use_int8(decoder)
     if plan.serve.batch_invariant:
         make_invariant(decoder)
+    beside = put_all_beside(decoder, source, adapters)
     num_virtual = decoder.num_virtual_tokens
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
     grammars = Grammars(source.tokenizer, source.spec.vocab_size)
     return Engine(
-        LocalExecutor(decoder, num_blocks, BLOCK_SIZE, grammars),
+        LocalExecutor(decoder, num_blocks, BLOCK_SIZE, grammars, beside and beside.segments),
         POLICIES.load(plan.serve.policy),
         Budget(plan.serve.max_batch_tokens, plan.serve.max_sequences),
         replace(source.spec, max_positions=source.spec.max_positions - num_virtual),
@@ -61,6 +63,7 @@ def load_engine(
         num_virtual=num_virtual,
         grammars=GrammarCheck(grammars),
         dtype=str(dtype).split(".")[1],
+        adapters=tuple(adapters),
     )
 
 

@@ -23,6 +23,7 @@ class Options:
         prompt_logprobs: the same for the prompt.
         stop_token_ids: tokens that end the answer beside the model's own.
         grammar: what the answer's text must be.
+        adapter: that answers, of those beside the model; empty for none.
     """
 
     max_tokens: int = 128
@@ -42,6 +43,7 @@ class Options:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    adapter: str = ""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -70,6 +72,7 @@ class Options:
             num_logprobs=self.logprobs,
             num_prompt_logprobs=self.prompt_logprobs,
             grammar=self.grammar,
+            adapter=self.adapter,
         )
 
 
@@ -140,7 +143,7 @@ _SPECIAL = {
     "logprobs": "a whole number or null",
     "prompt_logprobs": "a whole number or null",
 }
-_PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 KINDS = {
     field.name: _SPECIAL.get(field.name) or _PLAIN[str(field.type)]
     for field in fields(Options)

@@ -12,6 +12,7 @@ from paceline.decode.logprobs import with_logprobs
 from paceline.decode.paged import PagedStore, extend_all
 from paceline.decode.sampler import Refused, Sampled, Sampler
 from paceline.models.decoder import Decoder
+from paceline.models.peft.segments import Segments
 from paceline.serve.executor.base import StepResult, Work
 from paceline.serve.executor.tables import Tables
 
@@ -24,6 +25,7 @@ class LocalExecutor:
         num_blocks: blocks for keys and values.
         block_size: tokens to a block.
         grammars: of the model's answers; None where no request has one.
+        segments: that the model's adapters look at, if it has some beside it.
     """
 
     def __init__(
@@ -32,8 +34,9 @@ class LocalExecutor:
         num_blocks: int,
         block_size: int,
         grammars: Grammars | None = None,
+        segments: Segments | None = None,
     ) -> None:
-        self._model = model.eval()
+        self._model, self._segments = model.eval(), segments
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
@@ -60,9 +63,12 @@ class LocalExecutor:
         pass
 
     def _passes(self, step: Sequence[Work]) -> list[list[Work]]:
-        """What is computed together; a prelude stands before one sequence alone."""
+        """What is computed together: rows of an adapter lie next to each other.
+
+        A prelude stands before one sequence alone.
+        """
         if self._model.num_virtual_tokens == 0:
-            return [list(step)] if step else []
+            return [sorted(step, key=lambda work: work.adapter)] if step else []
         begun = [work for work in step if work.start > 0]
         return [*([begun] if begun else []), *([work] for work in step if work.start == 0)]
 
@@ -71,6 +77,9 @@ class LocalExecutor:
         self, works: Sequence[Work]
     ) -> tuple[dict[int, Sampled | Refused], dict[int, Sequence[Sampled]]]:
         """What is drawn, and the prompts' tokens that are scored."""
+        if self._segments is not None:
+            lengths = [len(work.tokens) for work in works]
+            self._segments.set([work.adapter for work in works], lengths)
         sequences = [self._tables.extend(work) for work in works]
         ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
         drawn = [end - 1 for work, end in zip(works, ends, strict=True) if work.draw]
