@@ -135,7 +135,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _read_options(options: Mapping[str, Any]) -> Options:
     """What is asked, checked; a seed is random unless given."""
-    asked = {name: list(x) if isinstance(x, tuple) else x for name, x in options.items()}
+    asked: dict[str, Any] = {
+        name: list(x) if isinstance(x, tuple) else x for name, x in options.items()
+    }
     if (seed := asked.pop("seed", None)) is None:
         seed = random_seed()
     if isinstance(biases := asked.get("logit_bias"), Mapping):

@@ -171,9 +171,9 @@ def _read(name: str, value: Any) -> Any:
             return value
         case "a text or a list of texts" if isinstance(value, str):
             return (value,)
-        case "a text or a list of texts" if _all(value, str):
+        case "a text or a list of texts" if isinstance(value, list) and _all(value, str):
             return tuple(value)
-        case "a list of token ids" if _all(value, int):
+        case "a list of token ids" if isinstance(value, list) and _all(value, int):
             return tuple(value)
         case "an object of token ids and numbers" if isinstance(value, dict):
             return read_logit_bias(value)
@@ -192,7 +192,5 @@ def read_logit_bias(pairs: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
         raise UsageError(f"logit_bias: {error}") from error
 
 
-def _all(values: Any, kind: type) -> bool:
-    if not isinstance(values, list):
-        return False
+def _all(values: list[Any], kind: type) -> bool:
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
