@@ -209,6 +209,7 @@ def test_options_of_a_line_beat_those_of_the_job(tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_kills_repeat_and_lose_no_line(tmp_path):
     """Killed again and again, at whatever point it is, and ended at last."""
     lines = [{"prompt": f"line {number}", "max_tokens": 8} for number in range(120)]

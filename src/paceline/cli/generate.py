@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,10 +143,14 @@ def _answer_file(
         TextColumn("lines  {task.fields[num_tokens]} tokens"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, num_tokens=0)
+    bar = Bar(*columns, console=Console(stderr=True))
+    task = bar.add_task("", total=None, num_tokens=0)
+
+    with ExitStack() as stack:
 
         def show(progress: Progress) -> None:
+            if not bar.live.is_started:  # not before there is something to show
+                stack.enter_context(bar)
             bar.update(
                 task,
                 total=progress.num_lines,

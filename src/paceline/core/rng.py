@@ -37,8 +37,7 @@ def uniform(
 ) -> NDArray[np.float64]:
     """`count` numbers strictly between 0 and 1, so that their logarithms are finite."""
     words = bits(count, seed=seed, purpose=purpose, stream=stream, position=position)
-    # 52 bits and a half: with 53 the largest would round up to 1.
-    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * _TWO_TO_MINUS_52
+    return _between_0_and_1(words)
 
 
 def gumbel(
@@ -55,8 +54,8 @@ def gumbel(
     Args:
         at: indices of those that are wanted, as logarithms take most of the time; None for all.
     """
-    draws = uniform(count, seed=seed, purpose=purpose, stream=stream, position=position)
-    return -np.log(-np.log(draws if at is None else draws[at]))
+    words = bits(count, seed=seed, purpose=purpose, stream=stream, position=position)
+    return -np.log(-np.log(_between_0_and_1(words if at is None else words[at])))
 
 
 def normal(
@@ -73,3 +72,8 @@ def normal(
 def permutation(count: int, *, seed: int, purpose: str, stream: str | int = 0) -> NDArray[np.int64]:
     """A permutation of ``range(count)``: the order of `count` random words."""
     return np.argsort(bits(count, seed=seed, purpose=purpose, stream=stream), kind="stable")
+
+
+def _between_0_and_1(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    # 52 bits and a half: with 53 the largest would round up to 1.
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * _TWO_TO_MINUS_52

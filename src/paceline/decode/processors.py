@@ -18,7 +18,7 @@ from torch import Tensor
 from paceline.core.errors import PacelineError
 
 _LEAST_TEMPERATURE = 1e-30  # the most likely token, as far as that goes; less would overflow
-_TRIED = (256, 4096)  # tokens that top-p sorts before it sorts all
+_GAPS = (4.0, 8.0, math.inf)  # below the largest logit: top-p sorts no more than it needs
 
 
 class DeadEndError(PacelineError):
@@ -193,15 +193,13 @@ class TopP:
     def __call__(self, logits_V: Tensor, history: History) -> Tensor:  # noqa: ARG002
         most = logits_V.max()
         total = (logits_V - most).exp().sum()
-        for num_tried in (*_TRIED, len(logits_V)):
-            places_U, sorted_U = _likeliest(logits_V, num_tried)
+        for gap in _GAPS:
+            places_U, sorted_U = _sorted_above(logits_V, most - gap)
             probs_U = (sorted_U - most).exp() / total
             is_beyond_U = probs_U.cumsum(0) - probs_U >= self._top_p
             if is_beyond_U.any():  # the sum is reached among those that were sorted
                 kept_U = places_U[: int(is_beyond_U.byte().argmax())]
                 return torch.full_like(logits_V, -torch.inf).index_copy(0, kept_U, logits_V[kept_U])
-            if len(places_U) == len(logits_V):
-                break
         return logits_V
 
 
@@ -221,12 +219,8 @@ class MinP:
         return logits_V.masked_fill(logits_V < logits_V.max() + self._below, -torch.inf)
 
 
-def _likeliest(logits_V: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Places and logits of at least the `num` likeliest tokens, in order; ties by their places."""
-    if num >= len(logits_V):
-        sorted_V, places_V = logits_V.sort(descending=True, stable=True)
-        return places_V, sorted_V
-    least = torch.topk(logits_V, num).values[-1]
+def _sorted_above(logits_V: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and logits of what is not below `least`, the likeliest first; ties by their places."""
     places_U = (logits_V >= least).nonzero()[:, 0]
     sorted_U, order_U = logits_V[places_U].sort(descending=True, stable=True)
     return places_U[order_U], sorted_U
