@@ -67,7 +67,7 @@ def test_the_fewest_by_hand(prompts, expected):
     assert fewest_computed(prompts) == expected
 
 
-@settings(deadline=None, max_examples=150, report_multiple_bugs=False)
+@settings(deadline=None, max_examples=150, database=None, report_multiple_bugs=False)
 @given(
     PROMPTS,
     st.lists(st.integers(1, 7), min_size=9, max_size=9),

@@ -55,7 +55,7 @@ def views(draw, most_running: int = 4) -> View:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(deadline=None, max_examples=300, report_multiple_bugs=False)
+@settings(deadline=None, max_examples=300, database=None, report_multiple_bugs=False)
 @given(views(), BUDGETS, st.floats(9, 99))
 def test_every_step_keeps_the_contract(name, view, budget, now_s):
     policy = POLICIES.load(name)

@@ -85,7 +85,7 @@ def draw_recording(seed: int = SEED) -> dict[str, object]:
     return {
         "seed": seed,
         "mixed": draw("mixed", 24, (1200, 32), (40, 32)),
-        "poisson": draw("poisson", 80, (12, 64), (12, 4)),
+        "poisson": draw("poisson", 192, (12, 64), (12, 4)),
     }
 
 
