@@ -181,7 +181,7 @@ def test_a_refusal_is_told_in_words(visit):
         third.locator(".told.bad", has_text="too many requests wait; try again in 5 s").wait_for()
         gate.opened.set()
         for one in (page, blocked):
-            one.locator("#stop").click()
+            one.locator(".told", has_text="256 tokens").wait_for()
 
 
 def test_the_keyboard_is_enough(visit):

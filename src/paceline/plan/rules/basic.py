@@ -74,6 +74,7 @@ OPTIONAL_COUNTS = (
     "pipeline.num_microbatches",
     "context.ulysses_degree",
     "checkpoint.interval_steps",
+    "serve.kv_memory_bytes",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from typing import Any
@@ -106,6 +107,8 @@ class _Answer:
             if message["status"] == 504:  # what took too long once will again
                 headers["x-should-retry"] = "false"
         await self._send(message)
+        if message.get("more_body"):  # else a fast stream never lets the loop see its client leave
+            await asyncio.sleep(0)
 
 
 def refused(refusal: Refusal) -> Response:
