@@ -7,6 +7,7 @@ from fastapi.responses import Response
 
 import paceline
 from paceline.plan.plan import LimitsConfig
+from paceline.serve.adapters import require_names_apart
 from paceline.serve.api.door import Door, queue_is_full
 from paceline.serve.api.errors import shape_errors
 from paceline.serve.api.guard import Guard, refused
@@ -29,7 +30,11 @@ def create_app(engine: Engine, model_name: str, keys: ApiKeys, door: Door | None
         model_name: what clients call the model.
         keys: who may ask.
         door: who may come in; with the usual limits unless given.
+
+    Raises:
+        UsageError: an adapter has the model's name.
     """
+    require_names_apart(model_name, engine.adapters)
     door = door or Door(engine, LimitsConfig())
     tally = Tally(engine.spec, engine.dtype)
     engine.observe(tally)

@@ -38,7 +38,7 @@ class Asked:
             for stream in range(self.num_choices)
         ]
 
-    def of(self, tenant: str, timeout_s: float) -> Asked:
-        """The same, asked by somebody."""
-        requests = [replace(one, tenant=tenant, timeout_s=timeout_s) for one in self.requests]
-        return replace(self, requests=requests)
+    def of(self, *, tenant: str, timeout_s: float, adapter: str) -> Asked:
+        """The same, asked by somebody of the model or of one of its adapters."""
+        whose = {"tenant": tenant, "timeout_s": timeout_s, "adapter": adapter}
+        return replace(self, requests=[replace(one, **whose) for one in self.requests])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from typing import Any
 
@@ -12,11 +11,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from paceline.core.errors import RequestError
+from paceline.serve.adapters import adapter_named
 from paceline.serve.api.answers import Answers, Handover, event_stream, whole_answer
 from paceline.serve.api.asked import Asked
 from paceline.serve.api.schema import ChatBody, CompletionBody
 from paceline.serve.api.shapes import ChatShape, CompletionShape, Envelope, Shape
-from paceline.serve.api.token_routes import require_model
 from paceline.serve.api.token_texts import TokenTexts
 from paceline.serve.engine import Engine
 
@@ -42,26 +41,35 @@ def answering(engine: Engine, model_name: str) -> APIRouter:
     async def completions(body: CompletionBody, http: Request) -> Response:
         return await desk.complete(body, CompletionShape(), http)
 
-    card = {
-        "id": model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "paceline",
-        "root": model_name,
-        "parent": None,
-        "max_model_len": engine.spec.max_positions,
-    }
+    cards = model_cards(engine, model_name)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": list(cards.values())}
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        require_model(name, model_name)
-        return card
+        adapter = adapter_named(name, model_name, engine.adapters)
+        return cards[adapter or model_name]
 
     return router
+
+
+def model_cards(engine: Engine, model_name: str) -> dict[str, dict[str, Any]]:
+    """The model and its adapters by name, as clients list them."""
+    created = int(time.time())
+    return {
+        name: {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "paceline",
+            "root": model_name,
+            "parent": None if name == model_name else model_name,
+            "max_model_len": engine.spec.max_positions,
+        }
+        for name in (model_name, *sorted(engine.adapters))
+    }
 
 
 class _Desk:
@@ -80,21 +88,24 @@ class _Desk:
 
     async def complete(self, body: _Body, shape: Shape, http: Request) -> Response:
         """The answer to a body: a stream, or the whole once it is there."""
-        require_model(body.model, self._model_name)
+        adapter = adapter_named(body.model, self._model_name, self._engine.adapters)
         options = body.in_stream()
-        answers = await self._begin(body, http)
+        answers = await self._begin(body, adapter, http)
         tells = body.logprobs is not None and body.logprobs is not False
-        envelope = Envelope(shape, self._model_name, self._texts if tells else None)
+        envelope = Envelope(shape, body.model, self._texts if tells else None)
         if body.stream:
             events = event_stream(answers, envelope, options)
             return StreamingResponse(events, media_type="text/event-stream")
         whole = await whole_answer(answers, envelope, http.receive)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
-    async def _begin(self, body: _Body, http: Request) -> Answers:
+    async def _begin(self, body: _Body, adapter: str, http: Request) -> Answers:
         try:
             asked = await self._read(body)
-            return Answers(self._engine, self._handover_here(), _by(asked, http))
+            asked = asked.of(
+                tenant=http.state.tenant, timeout_s=http.state.timeout_s, adapter=adapter
+            )
+            return Answers(self._engine, self._handover_here(), asked)
         except RequestError as error:
             error.param = body.field_of(error.param)
             raise
@@ -118,9 +129,3 @@ class _Desk:
         if self._handover is None or self._handover.loop is not loop:
             self._handover = Handover(loop)
         return self._handover
-
-
-def _by(asked: Asked, http: Request) -> Asked:
-    """What is asked, by the tenant and within the time that stand in the request's state."""
-    tenant = getattr(http.state, "tenant", "")
-    return asked.of(tenant, getattr(http.state, "timeout_s", math.inf))

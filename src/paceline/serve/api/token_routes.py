@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 import paceline
 from paceline.core.errors import RequestError
+from paceline.serve.adapters import adapter_named
 from paceline.serve.api.messages import Messages
 from paceline.serve.api.prompts import TokenId
 from paceline.serve.api.schema import chat_prompt_ids
@@ -48,7 +49,7 @@ def tokenizing(engine: Engine, model_name: str) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        require_model(body.model or model_name, model_name)
+        adapter_named(body.model or model_name, model_name, engine.adapters)
         ids = await run_in_threadpool(_ids, body, engine)
         strings = [engine.tokenizer.backend.id_to_token(number) for number in ids]
         return {
@@ -60,7 +61,7 @@ def tokenizing(engine: Engine, model_name: str) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
-        require_model(body.model or model_name, model_name)
+        adapter_named(body.model or model_name, model_name, engine.adapters)
         if any(token >= engine.spec.vocab_size for token in body.tokens):
             message = f"token ids must be from 0 to {engine.spec.vocab_size - 1}"
             raise RequestError(message, param="tokens")
@@ -79,13 +80,6 @@ def tokenizing(engine: Engine, model_name: str) -> APIRouter:
         return {"version": paceline.__version__}
 
     return router
-
-
-def require_model(asked: str, model_name: str) -> None:
-    """Raises RequestError for another model than the one that is served."""
-    if asked != model_name:
-        message = f"no model {asked!r}; this server has {model_name!r}"
-        raise RequestError(message, param="model", status=404)
 
 
 def _ids(body: TokenizeBody, engine: Engine) -> list[int]:
