@@ -6,6 +6,7 @@ BENCHMARKS = NameTable(
     "benchmark",
     {
         "generate": "paceline.bench.generate:run",
+        "decode": "paceline.bench.decode:run",
         "train": "paceline.bench.train:run",
         "axes": "paceline.bench.axes:run",
         "vocabulary": "paceline.bench.vocabulary:run",
