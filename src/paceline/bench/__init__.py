@@ -8,6 +8,7 @@ BENCHMARKS = NameTable(
         "generate": "paceline.bench.generate:run",
         "serve": "paceline.bench.serve:run",
         "adapters": "paceline.bench.adapters:run",
+        "decode": "paceline.bench.decode:run",
         "train": "paceline.bench.train:run",
         "axes": "paceline.bench.axes:run",
         "vocabulary": "paceline.bench.vocabulary:run",

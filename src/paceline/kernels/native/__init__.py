@@ -6,8 +6,8 @@ source is plain C; the machine's compiler makes a library of it, in the cache fo
 seconds. Without a compiler torch's kernels are used, with a warning: same results to rounding,
 slower.
 
-No flag lets the compiler reorder sums: the order in the source is what makes a row's result the
-same whatever rows are computed beside it.
+No flag lets the compiler reorder sums, or round products as it likes: the order in the source is
+what makes a row's result the same whatever rows are computed beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-freciprocal-math",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
 )
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {

@@ -118,9 +118,10 @@ INLINE long seen_from(const Step *step, long place) {
                     } else                                                                       \
                         halves_##NAME(value + part * STEP, &low, &high);                         \
                     _Pragma("GCC unroll 4") for (int row = 0; row < rows; row++) {               \
-                        float weight = weights[row * SPLIT + key];                               \
-                        sums[(row * parts + part) * 2] += low * weight;                          \
-                        sums[(row * parts + part) * 2 + 1] += high * weight;                     \
+                        vec weight = all_lanes(weights[row * SPLIT + key]);                      \
+                        vec *mine = sums + (row * parts + part) * 2;                             \
+                        mine[0] = multiplied(mine[0], low, weight);                              \
+                        mine[1] = multiplied(mine[1], high, weight);                             \
                     }                                                                            \
                 }                                                                                \
             }                                                                                    \

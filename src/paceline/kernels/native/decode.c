@@ -16,8 +16,8 @@ static float gelu_tanh(float x) {
         for (; at + STEP <= width; at += STEP) {                                                 \
             vec first, second;                                                                   \
             halves_##NAME(x + at, &first, &second);                                              \
-            sums += first * first;                                                               \
-            sums += second * second;                                                             \
+            sums = multiplied(sums, first, first);                                                              \
+            sums = multiplied(sums, second, second);                                                            \
         }                                                                                        \
         float sum = total(sums);                                                                 \
         for (; at < width; at++) sum += read_##NAME(x[at]) * read_##NAME(x[at]);                 \

@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __FMA__
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,25 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+/* sums + left * right, rounded once. It is said which sums are so: a compiler that may choose chooses
+ * one way in one tile and another way in the next, and the bits differ.
+ */
+INLINE vec multiplied(vec sums, vec left, vec right) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)left, (__m512)right, (__m512)sums);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)sums);
+#elif defined(__FP_FAST_FMAF)
+    for (int lane = 0; lane < LANES; lane++)
+        sums[lane] = __builtin_fmaf(left[lane], right[lane], sums[lane]);
+    return sums;
+#else
+    return sums + left * right;
+#endif
+}
+
+INLINE vec all_lanes(float value) { return (vec){0} + value; }
 
 INLINE float read_f32(float value) { return value; }
 
@@ -95,8 +114,6 @@ INLINE vec part_i8(const int8_t *from, int half) {
     return __builtin_convertvector(values, vec);
 }
 
-INLINE vec multiplied(vec sums, vec left, vec right) { return sums + left * right; }
-
 typedef float operand_f32;
 typedef vec lanes_f32, lanes_i8;
 #define operand_f32_from spread_f32
@@ -150,16 +167,17 @@ INLINE vec exponential(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     words is_zero = (words)(x < -87.0f);
     x = (vec)((words)x & ~is_zero);
-    vec shifted = x * 1.44269504088896341f + magic;
+    vec shifted = multiplied(all_lanes(magic), x, all_lanes(1.44269504088896341f));
     vec whole = shifted - magic;
-    vec rest = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-    vec series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    series = series * rest + 8.3334519073e-3f;
-    series = series * rest + 4.1665795894e-2f;
-    series = series * rest + 1.6666665459e-1f;
-    series = series * rest + 5.0000001201e-1f;
-    series = series * (rest * rest) + rest + 1.0f;
-    words power = ((words)shifted - (words)((vec){0} + magic)) << 23;
+    vec rest = multiplied(x, whole, all_lanes(-0.693359375f));
+    rest = multiplied(rest, whole, all_lanes(2.12194440e-4f));
+    vec series = multiplied(all_lanes(1.3981999507e-3f), rest, all_lanes(1.9875691500e-4f));
+    series = multiplied(all_lanes(8.3334519073e-3f), series, rest);
+    series = multiplied(all_lanes(4.1665795894e-2f), series, rest);
+    series = multiplied(all_lanes(1.6666665459e-1f), series, rest);
+    series = multiplied(all_lanes(5.0000001201e-1f), series, rest);
+    series = multiplied(rest + 1.0f, series, rest * rest);
+    words power = ((words)shifted - (words)all_lanes(magic)) << 23;
     return (vec)(((words)series + power) & ~is_zero);
 }
 
