@@ -167,8 +167,8 @@ def pack(sequences: Sequence[Next], device: torch.device, num_virtual: int = 0) 
 def logits_of(wanted: Sequence[int]) -> Head:
     """The head of the tokens whose logits are wanted, by their place among all of the pass."""
 
-    def head(x_1TD: Tensor, output: Output) -> Tensor:
-        places = torch.tensor(wanted, device=x_1TD.device, dtype=torch.long)
-        return logits(x_1TD[:, places], output)
+    def head(x_BTD: Tensor, output: Output) -> Tensor:
+        places = torch.tensor(wanted, device=x_BTD.device, dtype=torch.long)
+        return logits(x_BTD[:, places], output)
 
     return head

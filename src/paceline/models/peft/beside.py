@@ -104,8 +104,9 @@ class AdaptedProduct:
     def num_bytes(self, name: str) -> int:
         """Of an adapter."""
         scales = self._updates[name].num_scale_bytes if name in self._updates else 0
-        has_factors = self._stack is not None and name in self._stack.names
-        return scales + (self._stack.num_bytes if has_factors else 0)
+        if self._stack is None or name not in self._stack.names:
+            return scales
+        return scales + self._stack.num_bytes
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x_rows = x.reshape(-1, x.shape[-1])
