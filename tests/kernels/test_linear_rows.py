@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.kernels import native
-from paceline.kernels.linear import FEW_ROWS, invariant_linear, linear
+from paceline.kernels.linear import invariant_linear, linear, most_rows
 from paceline.kernels.linear_int8 import Int8Weight, linear_int8, to_int8
 
 pytestmark = pytest.mark.cpu
@@ -32,7 +32,7 @@ def test_near_the_definition(dtype, rows, outputs, width, with_bias):
     bias = draw(outputs, dtype=dtype) if with_bias else None
     expected = x.double() @ weight.double().t()
     expected = expected if bias is None else expected + bias.double()
-    assert rows <= FEW_ROWS[dtype]
+    assert rows <= most_rows(dtype)
     error = (linear(x, weight, bias).double() - expected).abs().max() / expected.abs().max()
     assert float(error) <= BOUNDS[dtype]
 
