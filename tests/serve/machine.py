@@ -75,7 +75,9 @@ class Life:
     def __init__(self, policy: Policy, num_blocks: int, block_size: int, budget: Budget) -> None:
         self.clock = VirtualClock()
         self.oracle = Oracle(num_blocks, block_size)
-        self.engine = Engine(self.oracle, policy, budget, SPEC, TOKENIZER, clock=self.clock)
+        self.engine = Engine(
+            self.oracle, policy, budget, SPEC, TOKENIZER, clock=self.clock, adapters=["a"]
+        )
         self.heard: list[Heard] = []
         self._room_tokens = num_blocks * block_size
         self._may_preempt = policy not in map(POLICIES.load, KEEP_ROOM)

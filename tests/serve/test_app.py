@@ -379,7 +379,7 @@ def test_a_body_nested_too_deep(http):
 def test_an_unknown_model(http):
     error = error_of(post(http, CHAT, model="other"), 404)
     assert error["param"] == "model"
-    assert "'tiny'" in error["message"]
+    assert "tiny" in error["message"]
 
 
 def test_unknown_paths_and_methods(http):

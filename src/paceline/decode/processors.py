@@ -175,7 +175,7 @@ class TopK:
     def __call__(self, logits_V: Tensor, history: History) -> Tensor:  # noqa: ARG002
         if self._top_k >= len(logits_V):
             return logits_V
-        least = torch.topk(logits_V, self._top_k).values[-1]
+        least = logits_V.topk(self._top_k).values[-1]
         return logits_V.masked_fill(logits_V < least, -torch.inf)
 
 
