@@ -19,7 +19,7 @@ import typer.core
 import typer.main
 
 from paceline.cli.main import app
-from paceline.core.config import Config
+from paceline.core.config import Config, plain
 from paceline.memory.remat import REMAT
 from paceline.models.families import FAMILIES
 from paceline.models.peft import PEFT
@@ -47,6 +47,7 @@ MODULES = {
     "mesh.tp": "paceline.parallel.tensor.decoder",
     "pipeline.vocabulary": "paceline.parallel.pipeline.spread_vocabulary",
     "expert.balance_loss_weight": "paceline.models.balance",
+    "serve.adapters": "paceline.models.peft.beside",
     "ladder_from, in a model's sizes": "paceline.models.ladder",
 }
 """Plan key to the technique that it alone chooses."""
@@ -133,8 +134,9 @@ def _table(path: str, config: type[Config]) -> list[str]:
         elif field.default is None:
             lines.append(f"# {field.name}: absent by default")
         else:
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            lines.append(f"{field.name} = {json.dumps(default)}")
+            has_maker = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if has_maker else field.default
+            lines.append(f"{field.name} = {json.dumps(plain(default))}")
     return lines + inner
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import certified
+import disconnects
 import faults
 import kills
 import ladder_retrained
 import recovery
+import soak
 
 from paceline.core.errors import PacelineError, UnknownNameError
 
@@ -26,6 +28,8 @@ RECORDS = Path(__file__).parent / "records"
 PAGE = ROOT / "docs" / "evidence.md"
 NUM_KILLS, NUM_KILLS_OF_RANKS = 180, 20
 NUM_RECOVERIES = 10
+NUM_DISCONNECTS = 10_000
+SOAK_S = 600.0
 _HEAD = """# Evidence
 
 Written by `make evidence`, which runs what its records lack and updates these lines: each names the
@@ -98,6 +102,25 @@ def _ladder_retrained() -> Told:
     )
 
 
+def _disconnects() -> Told:
+    records = disconnects.prove(RECORDS / "disconnects", NUM_DISCONNECTS)
+    return Told(
+        "requests over HTTP whose clients leave at random moments",
+        f"{len(records) * disconnects.BATCH:,} requests",
+        f"{disconnects.summary(records)}; after each batch every block is free or cached, and who "
+        "stays is answered as before",
+    )
+
+
+def _soak() -> Told:
+    records = soak.prove(RECORDS / "soak", SOAK_S)
+    return Told(
+        "a server at saturation: memory, latency and what the metrics count",
+        f"{SOAK_S:,.0f} s, {soak.CLIENTS} clients",
+        soak.summary(records),
+    )
+
+
 def _losses(record: dict[str, Any]) -> str:
     """Before, converted and trained again, in words."""
     plain, converted, retrained = (
@@ -113,6 +136,8 @@ PROOFS: dict[str, Callable[[], Told]] = {
     "recovery": _recovery,
     "faults": _faults,
     "ladder_retrained": _ladder_retrained,
+    "disconnects": _disconnects,
+    "soak": _soak,
 }
 
 

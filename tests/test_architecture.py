@@ -78,3 +78,10 @@ def test_the_loops_fit_on_a_screen():
         found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
         assert found
         assert all((node.end_lineno or 0) - node.lineno < 40 for node in found)
+
+
+def test_no_function_of_the_engine_is_long():
+    for path in files("serve", "decode"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path.name}: {node.name}"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import paceline as pl
 from paceline.core.errors import RequestError, UnknownNameError, UsageError
+from paceline.models.hub import resolve
+from paceline.models.peft.attach import attach
+from paceline.models.peft.files import write_adapter
+from paceline.models.weights import build
 
 pytestmark = pytest.mark.cpu
 
@@ -80,6 +86,23 @@ def test_a_chat_is_its_template(engine):
     assert answer == engine.generate(prompt, max_tokens=4)[0]
 
 
+def test_an_adapter_answers_by_its_name(tmp_path):
+    source = resolve(MODEL)
+    config = pl.PeftConfig(method="ia3")
+    added = attach(build(source.spec), config, source.weights)
+    tensors = {name: -added.weights.read(name) for name in added.added}
+    write_adapter(tmp_path, source.spec, config, MODEL, tensors)
+    serve = pl.ServeConfig(dtype="float32", adapters={"ada": str(tmp_path)})
+    both, merged = pl.Engine(MODEL, pl.Plan(serve=serve)), pl.Engine(tmp_path)
+    sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 1}
+    assert both.generate("pace", **sampling, adapter="ada") == merged.generate("pace", **sampling)
+    assert both.generate("pace", **sampling) != merged.generate("pace", **sampling)
+    messages = [{"role": "user", "content": "who rides?"}]
+    assert both.chat(messages, **sampling, adapter="ada") == merged.chat(messages, **sampling)
+    with pytest.raises(RequestError, match="no adapter 'eve'"):
+        both.generate("pace", adapter="eve")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -91,6 +114,50 @@ def test_a_chat_is_its_template(engine):
 def test_sampling_out_of_range(engine, options, message):
     with pytest.raises(UsageError, match=message):
         engine.generate("pace", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 1.0}, "unknown key 'temprature'"),
+        ({"max_tokens": "5"}, 'max_tokens = "5": must be a whole number'),
+        ({"stop": 5}, "a text or a list of texts"),
+        ({"regex": "a", "json_object": True}, "three ways"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+    ],
+)
+def test_options_that_are_none(engine, options, message):
+    with pytest.raises(UsageError, match=message):
+        engine.generate("pace", **options)
+
+
+def test_log_probabilities(engine):
+    (answer,) = engine.generate("pace", max_tokens=3, logprobs=2, prompt_logprobs=0)
+    assert tuple(one.token for one in answer.logprobs) == answer.token_ids
+    assert all(one.top[0] == (one.token, one.logprob) for one in answer.logprobs)  # greedy
+    assert [one.token for one in answer.prompt_logprobs] == engine.tokenizer.encode("pace")[1:]
+    (plain,) = engine.generate("pace", max_tokens=3)
+    assert (plain.token_ids, plain.logprobs) == (answer.token_ids, ())
+
+
+def test_what_an_answer_must_be(engine):
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    (answer,) = engine.generate("pace", json_schema=schema, temperature=1.0, seed=2)
+    assert json.loads(answer.text) == {"a": 1}
+    assert engine.generate("pace", regex="x{3}")[0].text == "xxx"
+    token = engine.tokenizer.encode("y")[0]
+    answer = engine.chat(
+        [{"role": "user", "content": "z"}],
+        logit_bias={token: 100.0},
+        max_tokens=4,
+        stop_token_ids=(token,),
+        min_tokens=2,
+    )
+    assert answer.token_ids[-1] == token
+    assert len(answer.token_ids) == 3
+    with pytest.raises(RequestError, match="the regular expression cannot be used"):
+        engine.generate("pace", regex="(")
 
 
 def test_a_prompt_that_cannot_be_answered(engine):

@@ -34,8 +34,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_benchmark_is_tested_here_or_by_itself():
-    by_themselves = {"axes", "vocabulary", "ladder", "watch", "checkpoint", "serve-ranks"}
-    assert set(BENCHMARKS) == {*OF_MODELS, *by_themselves}
+    here = Path(__file__).parent.glob("test_*.py")
+    tested = {path.stem.removeprefix("test_").removeprefix("bench_") for path in here}
+    assert {name.replace("-", "_") for name in BENCHMARKS} <= {*OF_MODELS, *tested}
 
 
 @pytest.mark.parametrize("name", OF_MODELS)
@@ -59,3 +60,11 @@ def test_an_unknown_peer_is_named(name):
 def test_a_model_that_the_peer_cannot_read_is_named(name):
     with pytest.raises(UnknownNameError, match="unknown model 'random:llama:tiny'"):
         BENCHMARKS.load(name)(against="transformers", model="random:llama:tiny", dtype="float32")
+
+
+def test_decode_steps_of_several_sizes_are_measured(folder):
+    found = BENCHMARKS.load("decode")(model=str(folder), dtype="float32")
+    assert list(found) == ["1", "8", "32"]
+    for outcome in found.values():
+        assert outcome.ratios.pairs == MIN_PAIRS
+        assert min(outcome.ours, outcome.peer, outcome.limit) > 0

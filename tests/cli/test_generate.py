@@ -140,6 +140,20 @@ def test_mistakes_through_the_shell(arguments, message):
         (["--prompt", "hi", "--top-p", "nan"], "--top-p"),
         (["--prompt", "hi", "--top-k", "-1"], "--top-k"),
         (["--prompt", "hi", "--stop", ""], "a stop string is empty"),
+        (["--prompt", "hi", "--min-p", "1.5"], "--min-p"),
+        (["--prompt", "hi", "--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--prompt", "hi", "--min-tokens", "200"], "min_tokens = 200"),
+        (["--prompt", "hi", "--logit-bias", "a=1"], "--logit-bias a=1"),
+        (["--prompt", "hi", "--logit-bias", "3"], "--logit-bias 3: must be"),
+        (["--prompt", "hi", "--logit-bias", "999=1"], "logit_bias = 1.0 of token 999"),
+        (["--prompt", "hi", "--logprobs", "-1"], "num_logprobs = -1"),
+        (["--prompt", "hi", "--regex", "("], "the regular expression cannot be used"),
+        (["--prompt", "hi", "--regex", "a", "--json-object"], "three ways"),
+        (["--prompt", "hi", "--json-schema", "@/no/schema"], "--json-schema @/no/schema"),
+        (["--prompt", "hi", "--input", "x", "-o", "y"], "either --prompt or --input"),
+        (["--prompt", "hi", "--resume"], "--resume goes with --input"),
+        (["--input", "x"], "--input and --output go together"),
+        (["--input", "/no/file", "-o", "/tmp/never"], "/no/file cannot be read"),
         (["--prompt", "hi", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["--prompt", "hi", "--device", "gpu"], "unknown device 'gpu'"),
         (["--prompt", "hi", "--plan", "/no/plan.toml"], "/no/plan.toml"),
@@ -152,6 +166,60 @@ def test_mistakes_through_the_shell(arguments, message):
 def test_mistakes(monkeypatch, capsys, arguments, message):
     found = inside(monkeypatch, capsys, "generate", MODEL, *arguments)
     assert_one_error(*found, 2, message)
+
+
+def test_a_file_of_prompts(monkeypatch, capsys, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": "hi", "id": "first"}, {"prompt": "x" * 600}, {"prompt": "ho", "seed": 8}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["generate", MODEL, "--input", str(source), "-o", str(target), *FLOAT32]
+    arguments += ["--max-tokens", "8", "--temperature", "1", "--json"]
+    code, out, err = inside(monkeypatch, capsys, *arguments)
+    assert code == 1
+    counted = json.loads(out)
+    assert counted == {"output": str(target), "lines": 3, "tokens": counted["tokens"], "refused": 1}
+    assert "3/3" in err
+    assert "1 lines could not be answered" in err
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [answer["number"] for answer in answers] == [1, 2, 3]
+    assert "the prompt has 600 tokens" in answers[1]["error"]
+    alone = ["--prompt", "ho", "--seed", "8", "--max-tokens", "8", "--temperature", "1", "--json"]
+    _, out, _ = inside(monkeypatch, capsys, "generate", MODEL, *alone, *FLOAT32)
+    assert answers[2] == {"number": 3, **json.loads(out)}
+    whole = target.read_bytes()
+    code, out, err = inside(monkeypatch, capsys, *arguments)
+    assert_one_error(code, out, err, 2, "exists already")
+    target.write_bytes(whole[:-5])
+    code, out, _ = inside(monkeypatch, capsys, *arguments, "--resume")
+    assert (code, json.loads(out)["refused"]) == (0, 0)
+    assert target.read_bytes() == whole
+
+
+def test_every_flag_reaches_the_sampler(monkeypatch, capsys):
+    base = ["generate", MODEL, "--prompt", "hi there", "--max-tokens", "12", "--json", *FLOAT32]
+
+    def found(*flags):
+        code, out, err = inside(monkeypatch, capsys, *base, *flags)
+        assert code == 0, err
+        return json.loads(out)
+
+    plain = found()
+    first = plain["token_ids"][0]
+    assert found("--logit-bias", f"{first}=-100")["token_ids"][0] != first
+    assert found("--presence-penalty", "50")["token_ids"] != plain["token_ids"]
+    assert found("--frequency-penalty", "50")["token_ids"] != plain["token_ids"]
+    assert found("--repetition-penalty", "50")["token_ids"] != plain["token_ids"]
+    sampled = ["--temperature", "1.5", "--seed", "3"]
+    assert found(*sampled, "--min-p", "1")["token_ids"] == plain["token_ids"]
+    assert found(*sampled, "--top-k", "1")["token_ids"] == plain["token_ids"]
+    assert found(*sampled)["token_ids"] != plain["token_ids"]
+    told = found("--logprobs", "2")["logprobs"]
+    assert [one["token_id"] for one in told] == plain["token_ids"]
+    assert all(one["top"][0] == [one["token_id"], one["logprob"]] for one in told)
+    assert found("--regex", "[xy]{4}")["text"].strip("xy") == ""
+    assert found("--json-schema", '{"const": 17}')["text"] == "17"
+    assert found("--stop-token-id", str(first))["token_ids"] == [first]
+    assert len(found("--min-tokens", "12", "--ignore-eos")["token_ids"]) == 12
 
 
 @pytest.mark.parametrize("model", ["[/bold]", "/no/[/such]/folder", "[red]", "x.gguf", ""])

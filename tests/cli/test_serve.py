@@ -67,7 +67,7 @@ def test_an_answer_with_a_seed_survives_a_restart():
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_a_signal_stops_it_even_while_it_answers(number, code):
-    """Open answers have five seconds; then they are cut, and told so."""
+    """Open answers have `drain_timeout_s`; then they are cut, and told so."""
     body = {"model": "random:llama:small", "prompt": "hi", "max_tokens": 2000}
     streams = [[], [], [], []]
 
@@ -76,7 +76,8 @@ def test_a_signal_stops_it_even_while_it_answers(number, code):
         with httpx.stream("POST", f"{address}/v1/completions", **options) as response:
             lines.extend(response.iter_lines())
 
-    with server(model="random:llama:small") as (process, address):
+    settings = ("--set", "serve.limits.drain_timeout_s=2")
+    with server(*settings, model="random:llama:small") as (process, address):
         readers = [threading.Thread(target=read, args=(lines, address)) for lines in streams]
         for reader in readers:
             reader.start()

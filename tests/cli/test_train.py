@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "tokens": (("--set", "train.tokens_per_step=17"), 2, "must be a multiple of", "use 16 or 32"),
     "context": (("--set", "train.sequence_length=9999"), 2, "train.sequence_length", ""),
     "not built": (
-        ("--set", "serve.max_sequences=2"),
+        ("--set", "serve.mesh.replicas=2"),
         2,
         "is not built in this version",
         "use 1",

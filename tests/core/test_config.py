@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tomllib
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.core.config import Config
+from paceline.core.config import Config, TextTable
 from paceline.core.errors import ConfigError, UsageError
 
 
@@ -31,6 +32,7 @@ class Tree(Config):
     interval: int | Literal["auto"] = 100
     stage: Literal[0, 1, 2] | None = None
     shape: Literal["ring", "line", "zigzag"] = "ring"
+    named: TextTable = field(default_factory=TextTable)
 
 
 FLOATS = st.floats(allow_nan=False)
@@ -46,6 +48,7 @@ TREES = st.builds(
     interval=st.integers() | st.just("auto"),
     stage=st.sampled_from([None, 0, 1, 2]),
     shape=st.sampled_from(["ring", "line", "zigzag"]),
+    named=st.dictionaries(st.text(), st.text()).map(TextTable),
 )
 
 
@@ -74,6 +77,19 @@ def test_an_optional_table_round_trips():
         ("extra.number", "(absent)", "is required"),
     ]
     assert problems_of({"extra": 3}) == [("extra", "3", "must be a table", "")]
+
+
+def test_a_table_of_texts():
+    tree = Tree(named={"a.b": "x"})
+    assert tree.named == {"a.b": "x"} == Tree.from_dict({"named": {"a.b": "x"}}).named
+    assert copy.deepcopy(tree) == tree
+    assert tree.with_overrides(["named.c=y"]).named == {"a.b": "x", "c": "y"}
+    assert {tree, Tree(named={"a.b": "x"})} == {tree}
+    rule = "must be a table whose values are texts"
+    assert problems_of({"named": {"a": 1}}) == [("named", '{"a": 1}', rule, "")]
+    assert problems_of({"named": "a"}) == [("named", '"a"', rule, "")]
+    with pytest.raises(TypeError):
+        tree.named["c"] = "y"
 
 
 def test_a_file_round_trips_and_errors_name_it(tmp_path):

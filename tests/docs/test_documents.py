@@ -46,6 +46,7 @@ checkpoint: interval_steps keep levels
 resilience: on_failure max_restarts
 serve: policy max_batch_tokens max_sequences kv_memory_bytes dtype weights batch_invariant draft
 serve.mesh: tp pp ep replicas
+serve.limits: max_queued_requests max_requests_per_key max_body_bytes request_timeout_s
 """
 
 

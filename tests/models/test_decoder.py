@@ -1,4 +1,4 @@
-"""The decoder against transformers' Llama, in float32 on the CPU: 1e-5 on logits of size 1."""
+"""The decoder against transformers' Llama, in float32 on the CPU: 2e-5 on logits of size 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paceline.models.weights import RandomWeights, build, fill
 
 pytestmark = pytest.mark.cpu
 
-BOUND = 1e-5
+BOUND = 2e-5
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -345,6 +345,8 @@ def _plans_of(keys: tuple[str, ...]) -> list[dict[str, Any]]:
     sound = {"train.sequence_length": 16, "train.tokens_per_step": 96}
     more = {"train.microbatch_tokens": [16], "peft.targets": [("*.up",)]}
     more |= {"peft.alpha": [2.0], "peft.width": [3]}
+    more |= {"serve.adapters": [{"mine": "folder"}], "serve.batch_invariant": [True]}
+    more |= {"serve.mesh.pp": [1], "serve.mesh.ep": [1]}
     choices = [
         (key, value)
         for key in keys

@@ -54,8 +54,7 @@ def test_a_ladder_is_not_cut_into_stages():
 
 def test_what_has_not_been_proved_over_ranks(monkeypatch):
     """Each is refused with the ranks, and not without, once it is built at all."""
-    for path in ("serve.weights", "serve.draft"):
-        monkeypatch.setitem(NOT_BUILT, path, ("auto", "none", "int8", "ngram"))
+    monkeypatch.setitem(NOT_BUILT, "serve.draft", ("none", "ngram"))
     for setting in ("batch_invariant=true", 'weights="int8"', 'draft="ngram"'):
         assert problems(setting) == {}
         found = problems(setting, "mesh.pp=2")

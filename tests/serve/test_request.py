@@ -7,7 +7,8 @@ from engines import GREEDY, ask
 
 from paceline.core.errors import RequestError
 from paceline.models.families.llama import PRESETS
-from paceline.serve.request import Request, require_servable
+from paceline.serve.request import Request
+from paceline.serve.servable import require_servable
 
 pytestmark = pytest.mark.cpu
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from paceline.core.errors import DataError
+from paceline.decode.grammar import Grammar
 from paceline.decode.sampler import Draw, Sampled, SamplingParams
 from paceline.serve.executor.base import StepResult, Work
 from paceline.serve.executor.messages import FROM_RANKS, TO_RANKS, Done, Ready, Step
@@ -18,12 +19,16 @@ from paceline.serve.executor.wire import Line, from_plain, packed, to_plain
 pytestmark = pytest.mark.cpu
 
 PARAMS = SamplingParams(temperature=0.1 + 0.2, top_k=7, top_p=1 / 3, seed=2**63 + 1, stream=3)
+PENALISED = SamplingParams(presence_penalty=0.5, logit_bias=((3, -1.5), (4, math.inf)))
 STEP = Step(
     number=5,
     released=(1, 2),
     works=(
         Work(0, (1, 2, 3), 0, (7, 9), Draw(PARAMS, 3)),
-        Work(4, (5,), 17, (), None, adapter="é", wants_logprobs=True),
+        Work(4, (5,), 17, (), None, adapter="é", scored=(6,), num_top=2),
+        Work(
+            6, (7,), 3, (), Draw(PENALISED, 4, (1, 2, 3, 7), 3, 5, 2, (0, 1), Grammar("regex", "a"))
+        ),
     ),
 )
 RESULT = StepResult(

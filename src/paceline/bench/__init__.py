@@ -6,12 +6,16 @@ BENCHMARKS = NameTable(
     "benchmark",
     {
         "generate": "paceline.bench.generate:run",
+        "serve": "paceline.bench.serve:run",
+        "adapters": "paceline.bench.adapters:run",
+        "decode": "paceline.bench.decode:run",
         "train": "paceline.bench.train:run",
         "axes": "paceline.bench.axes:run",
         "vocabulary": "paceline.bench.vocabulary:run",
         "ladder": "paceline.bench.ladder:run",
         "watch": "paceline.bench.watch:run",
         "checkpoint": "paceline.bench.checkpoint:run",
+        "policies": "paceline.bench.policies:run",
         "serve-ranks": "paceline.bench.serve_ranks:run",
     },
 )

@@ -38,7 +38,7 @@ def run(
     prompt_ids = engine.tokenizer.encode(PROMPT)
     theirs = _peers(load_peer(model, compute), prompt_ids)
     rates = interleave(_ours(engine, prompt_ids), theirs)
-    read_bytes_per_s = _read_bandwidth()
+    read_bytes_per_s = read_bandwidth()
     return outcome(
         f"generate, batch 1, {NUM_TOKENS} greedy tokens, {name}",
         *rates,
@@ -81,7 +81,7 @@ def _peers(peer: Any, prompt_ids: list[int]) -> Callable[[], float]:
     return measure
 
 
-def _read_bandwidth() -> float:
+def read_bandwidth() -> float:
     """Bytes per second at which a sum reads memory, the best of a few."""
     values = torch.ones(_READ_BYTES // 4)
     times: list[float] = []

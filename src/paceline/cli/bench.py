@@ -21,13 +21,22 @@ def bench(
     model: Annotated[str | None, typer.Option(help="A MODEL; smollm2-135m or its sizes.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the model; axes.", min=1)] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="Python of an environment with the peer; serve.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure both sides in one run, in turns, and print the ratio with its spread."""
     from paceline.bench import BENCHMARKS
 
     run = BENCHMARKS.load(name)
-    options = {"against": against, "model": model, "dtype": dtype, "layers": layers}
+    options = {
+        "against": against,
+        "model": model,
+        "dtype": dtype,
+        "layers": layers,
+        "peer_python": peer_python,
+    }
     given = {key: value for key, value in options.items() if value is not None}
     _require_read(name, given, list(inspect.signature(run).parameters))
     found: Outcome | dict[str, Outcome] = run(**given)
@@ -43,8 +52,8 @@ def _require_read(name: str, given: dict[str, object], read: list[str]) -> None:
     """Raises UsageError for an option that a benchmark does not read."""
     for key in given:
         if key not in read:
-            hint = name_hint(f"--{key}", [f"--{option}" for option in read])
-            raise UsageError(f"bench {name} does not read --{key}", hint=hint)
+            flag, *flags = (f"--{option.replace('_', '-')}" for option in (key, *read))
+            raise UsageError(f"bench {name} does not read {flag}", hint=name_hint(flag, flags))
 
 
 def _text(outcome: Outcome) -> str:

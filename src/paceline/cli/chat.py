@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,14 +11,18 @@ import typer
 from paceline.cli.options import Device, Dtype, PlanFile, Settings
 from paceline.cli.sampling import (
     Adapter,
+    FrequencyPenalty,
     MaxTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
     Seed,
     Stop,
     Temperature,
     TopK,
     TopP,
     load_engine,
-    sampling_params,
+    options,
 )
 from paceline.core.errors import RequestError
 
@@ -39,6 +44,10 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
     adapter: Adapter = None,
@@ -48,19 +57,22 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model; /help inside lists what else it understands."""
-    sampling = sampling_params(temperature, top_p, top_k, seed)
+    asked = options(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
     engine = load_engine(model, adapter, plan_file, settings, dtype, device)
-
-    from paceline.serve.request import Request
 
     def request_for(prompt_ids: list[int]) -> Request:
         room = max(1, engine.spec.max_positions - len(prompt_ids))
-        return Request(
-            prompt_ids=tuple(prompt_ids),
-            sampling=sampling,
-            max_tokens=min(max_tokens, room),
-            stop=tuple(stop or ()),
-        )
+        return replace(asked, max_tokens=min(max_tokens, room)).request(prompt_ids)
 
     _converse(engine, model, request_for)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import Device, Dtype, PlanFile, Settings
+from paceline.cli.options import Device, Dtype, PlanFile, Settings, read_plan
 from paceline.cli.sampling import Adapter, load_engine
 
 
@@ -31,6 +31,7 @@ def serve(
     from paceline.serve.api.server import EngineThread, listen, run
 
     keys = ApiKeys.from_file(api_key_file)
+    limits = read_plan(plan_file, settings).serve.limits
     with listen(host, port, keys) as listener:
         thread = EngineThread(
             lambda: load_engine(model, adapter, plan_file, settings, dtype, device)
@@ -38,4 +39,4 @@ def serve(
         name = served_model_name or model
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"serving {name} at {address}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-        run(thread, listener, name, keys)
+        run(thread, listener, name, keys, limits)

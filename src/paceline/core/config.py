@@ -1,8 +1,8 @@
 """Frozen configs that round-trip to TOML and report every mistake at once.
 
 A config is a frozen dataclass deriving from `Config`. Its fields are bool, int, float, str,
-`Literal`s, tuples of these, other configs, or any of these or None. An absent key means the
-default; an unknown key is a problem whose hint lists near names.
+`Literal`s, tuples of these, other configs, tables whose keys are the user's own, or any of these or
+None. An absent key means the default; an unknown key is a problem whose hint lists near names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,34 @@ import tomli_w
 from paceline.core.errors import ConfigError, Problem, UsageError, name_hint
 
 C = TypeVar("C", bound="Config")
+
+
+class TextTable(Mapping[str, str]):
+    """A table of texts under names that are the user's own; like a config it never changes.
+
+    Args:
+        texts: name to text.
+    """
+
+    __slots__ = ("_texts",)
+
+    def __init__(self, texts: Mapping[str, str] | None = None) -> None:
+        self._texts = dict(texts or {})
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._texts.items()))
+
+    def __repr__(self) -> str:
+        return f"TextTable({self._texts!r})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +62,12 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
-                table = _config_in(get_type_hints(type(self))[field.name])
-                if table is not None:
-                    data = cast("Mapping[str, Any]", value)
+                hint = get_type_hints(type(self))[field.name]
+                data = cast("Mapping[str, Any]", value)
+                if (table := _config_in(hint)) is not None:
                     object.__setattr__(self, field.name, table.from_dict(data, source=field.name))
+                elif hint is TextTable:
+                    object.__setattr__(self, field.name, TextTable(data))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "") -> Self:
@@ -72,7 +102,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the keys that are None, so that `from_dict` gives `self` back."""
-        return _plain(self)
+        return plain(self)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.to_dict())
@@ -130,13 +160,14 @@ def _table_at(data: dict[str, Any], keys: Sequence[str], source: str) -> dict[st
     return data
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config, or a value of one, as JSON and TOML know it."""
     if isinstance(value, Config):
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(item) for name, item in items if item is not None}
+        return {name: plain(item) for name, item in items if item is not None}
     if isinstance(value, tuple):
-        return [_plain(item) for item in cast("tuple[Any, ...]", value)]
-    return value
+        return [plain(item) for item in cast("tuple[Any, ...]", value)]
+    return dict(value) if isinstance(value, TextTable) else value
 
 
 def _parse_table(
@@ -208,6 +239,12 @@ def _matches(hint: Any, value: Any) -> bool:
         return isinstance(value, list | tuple) and all(
             _matches(item_hint, item) for item in cast("Sequence[Any]", value)
         )
+    if hint is TextTable:
+        return isinstance(value, Mapping) and all(
+            isinstance(part, str)
+            for item in cast("Mapping[Any, Any]", value).items()
+            for part in item
+        )
     if hint is type(None):
         return value is None
     if hint is float:
@@ -219,6 +256,8 @@ def _convert(hint: Any, value: Any) -> Any:
     hint = next(member for member in _members(hint) if _matches(member, value))
     if get_origin(hint) is tuple:
         return tuple(_convert(get_args(hint)[0], item) for item in value)
+    if hint is TextTable:
+        return TextTable(value)
     return float(value) if hint is float else value
 
 
@@ -227,6 +266,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(_show(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list, each {_describe(get_args(hint)[0])}"
+    if hint is TextTable:
+        return "a table whose values are texts"
     members = [member for member in _members(hint) if member is not type(None)]
     if len(members) > 1 or len(members) < len(_members(hint)):
         return " or ".join(_describe(member) for member in members)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from paceline.kernels.attend_paged import Rows, attend_paged
+from paceline.kernels.attend_paged import Rows, attend_paged, keep_and_attend, takes_paged
 from paceline.models.attention import AttentionSite
 from paceline.models.decoder import Decoder
 from paceline.models.layout import Layout
@@ -84,7 +87,7 @@ class PagedPass:
 
     def __init__(self, store: PagedStore, rows: Rows) -> None:
         self._store, self._rows = store, rows
-        self._places = rows.places_T(store.block_size, store.device)
+        self._laid = rows.laid()
 
     def attend(
         self,
@@ -97,13 +100,18 @@ class PagedPass:
     ) -> Tensor:
         """Keeps the keys and values of all tokens and attends; B is 1."""
         k_MKSH, v_MKSH = self._store.blocks_L2MKSH[site.layer]
+        new = (q_BTNH[0], k_BTKH[0], v_BTKH[0])
+        sight = {"window": site.window, "scale": site.scale}
+        if takes_paged(*new, k_MKSH):
+            return keep_and_attend(*new, k_MKSH, v_MKSH, self._laid, **sight)[None]
         block_T, slot_T = self._places
         k_MKSH[block_T, :, slot_T] = k_BTKH[0]
         v_MKSH[block_T, :, slot_T] = v_BTKH[0]
-        out_TNH = attend_paged(
-            q_BTNH[0], k_MKSH, v_MKSH, self._rows, window=site.window, scale=site.scale
-        )
-        return out_TNH[None]
+        return attend_paged(q_BTNH[0], k_MKSH, v_MKSH, self._rows, **sight)[None]
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        return self._rows.places_T(self._store.block_size, self._store.device)
 
 
 def extend_all(
@@ -144,14 +152,16 @@ def pack(sequences: Sequence[Next], device: torch.device, num_virtual: int = 0) 
         device: where.
         num_virtual: of a prelude that stands before the one sequence that there is.
     """
-    starts = [0]
-    for sequence in sequences:
-        starts.append(starts[-1] + num_virtual + len(sequence.tokens))
-    rows = Rows(starts, [s.num_before for s in sequences], [s.table for s in sequences])
-    tokens_1T = torch.tensor([[t for s in sequences for t in s.tokens]], device=device)
-    positions = [range(s.num_before, s.num_before + len(s.tokens)) for s in sequences]
-    positions_1T = torch.tensor([[p for of_one in positions for p in of_one]], device=device)
-    return Packed(tokens_1T, Layout(positions_1T), rows)
+    lengths = np.fromiter((len(s.tokens) for s in sequences), dtype=np.int64)
+    num_before = np.fromiter((s.num_before for s in sequences), dtype=np.int64)
+    ends, num_own = np.cumsum(lengths + num_virtual), int(lengths.sum())
+    rows = Rows([0, *ends.tolist()], num_before.tolist(), [s.table for s in sequences])
+    each_token = chain.from_iterable(s.tokens for s in sequences)
+    tokens_T = np.fromiter(each_token, dtype=np.int64, count=num_own)
+    shift = num_before - (np.cumsum(lengths) - lengths)
+    positions_T = np.arange(num_own) + np.repeat(shift, lengths)
+    tokens_1T, positions_1T = (torch.from_numpy(x)[None] for x in (tokens_T, positions_T))
+    return Packed(tokens_1T.to(device), Layout(positions_1T.to(device)), rows)
 
 
 def logits_of(wanted: Sequence[int]) -> Head:

@@ -1,14 +1,43 @@
-"""Attention over keys and values that lie in blocks, of the tokens of many sequences at once."""
+"""Attention over keys and values that lie in blocks, of the tokens of many sequences at once.
+
+On a CPU it is one call of a C kernel for all sequences, which reads each key and value once for all
+the queries that share it. A query's sums are in an order of its own positions alone, in splits of
+`SPLIT` keys, so that its result is the same bit by bit whatever is computed beside it, and however
+its sequence is cut into passes. Elsewhere, and where gradients are wanted, it is a call of torch's
+fused kernel for each sequence.
+
+Source: Kwon et al., arXiv:2309.06180, Sec. 4.3; splits as in Flash-Decoding (Dao et al., 2023).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from paceline.kernels import native
 from paceline.kernels.attend import scaled_dot_product
+
+SPLIT = 256
+"""Keys to a split, as in the C source; a multiple of a block's tokens."""
+
+
+class Laid(NamedTuple):
+    """The rows of a pass as arrays in int32, on the CPU.
+
+    Attributes:
+        tables_BM: of each sequence, its blocks; what is beyond its last is 0.
+        starts: of each sequence, its first token in the pass; one more at the end.
+        num_before: of each sequence.
+    """
+
+    tables_BM: Tensor
+    starts: Tensor
+    num_before: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +54,75 @@ class Rows:
     num_before: Sequence[int]
     tables: Sequence[Tensor]
 
+    def laid(self) -> Laid:
+        """These rows as arrays."""
+        tables_BM = np.zeros((len(self.tables), max(map(len, self.tables))), dtype=np.int32)
+        for row_M, table in zip(tables_BM, self.tables, strict=True):
+            row_M[: len(table)] = table.numpy()
+        starts, num_before = (np.array(x, dtype=np.int32) for x in (self.starts, self.num_before))
+        return Laid(*map(torch.from_numpy, (tables_BM, starts, num_before)))
+
     def places_T(self, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Block, and slot in it, of each token of the pass."""
-        blocks: list[Tensor] = []
-        slots: list[Tensor] = []
-        for index, table in enumerate(self.tables):
-            num_new = self.starts[index + 1] - self.starts[index]
-            positions = torch.arange(self.num_before[index], self.num_before[index] + num_new)
-            blocks.append(table[positions // block_size])
-            slots.append(positions % block_size)
-        return torch.cat(blocks).to(device), torch.cat(slots).to(device)
+        laid = self.laid()
+        lengths = laid.starts.diff()
+        sequence_T = torch.arange(len(lengths)).repeat_interleave(lengths)
+        shift = laid.num_before - laid.starts[:-1]
+        positions_T = torch.arange(self.starts[-1]) + shift[sequence_T]
+        blocks_T = laid.tables_BM[sequence_T, positions_T // block_size]
+        return blocks_T.to(device), (positions_T % block_size).to(device)
+
+
+def takes_paged(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, k_MKSH: Tensor) -> bool:
+    """Whether the C kernel can compute on these."""
+    for x in (q_TNH, k_TKH, v_TKH):
+        is_of_heads = x.stride()[1:] == (x.shape[2], 1)
+        if x.device.type != "cpu" or x.dtype != k_MKSH.dtype or not is_of_heads:
+            return False
+    return SPLIT % k_MKSH.shape[2] == 0 and native.takes(k_MKSH)
+
+
+def keep_and_attend(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_MKSH: Tensor,
+    v_MKSH: Tensor,
+    laid: Laid,
+    *,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`attend_paged` by the C kernel, which first puts new keys and values into their blocks.
+
+    Args:
+        q_TNH: queries of all sequences, one after the other.
+        k_TKH: their keys.
+        v_TKH: their values.
+        k_MKSH: keys of all blocks.
+        v_MKSH: values of all blocks.
+        laid: which tokens and blocks belong together.
+        window: tokens that a query sees, its own among them; None for all.
+        scale: of the scores.
+
+    Returns:
+        out_TNH.
+    """
+    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
+    num_heads, head_dim = q_TNH.shape[1:]
+    num_kv_heads, block_size = k_MKSH.shape[1:3]
+    num_sequences, table_width = laid.tables_BM.shape
+    native.call(
+        "attend_paged",
+        q_TNH.dtype,
+        *(q_TNH, k_TKH, v_TKH, out_TNH, k_MKSH, v_MKSH, *laid),
+        *(table_width, num_sequences, num_heads, num_kv_heads, block_size, head_dim),
+        *(x.stride(0) for x in (q_TNH, k_TKH, v_TKH)),
+        window or 0,
+        scale,
+        torch.get_num_threads(),
+    )
+    return out_TNH
 
 
 def attend_paged(

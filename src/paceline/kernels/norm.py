@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paceline.kernels import native
 
-_MAX_ROWS = 64  # more are worth several threads, and so torch's kernels
+_ROWS_PER_THREAD = 16  # fewer are not worth waking one
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -23,10 +23,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         offset: added to the weight, which is then applied in the wide dtype too, as Gemma does.
     """
     width = x.shape[-1]
-    if x.numel() > _MAX_ROWS * width or not native.takes(x, weight):
+    if not torch.is_grad_enabled():
+        x = x.contiguous()  # heads cut out of a fused projection are not
+    if not native.takes(x, weight):
         return _reference(x, weight, eps, offset)
     y = torch.empty_like(x)
-    native.call("rms_norm", x.dtype, x, weight, y, x.numel() // width, width, eps, offset)
+    num_rows = x.numel() // width
+    threads = native.threads(num_rows, _ROWS_PER_THREAD)
+    native.call("rms_norm", x.dtype, x, weight, y, num_rows, width, eps, offset, threads)
     return y
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,6 +28,7 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A conversation as the model reads it.
 
@@ -36,6 +37,7 @@ def render_chat(
         messages: the conversation.
         add_generation_prompt: whether the text ends where the assistant is to answer next, or
             with the last message.
+        tools: that the model may call; a template that does not know tools leaves them out.
 
     Raises:
         RequestError: the model has no template, or the template refuses the messages.
@@ -48,12 +50,18 @@ def render_chat(
         return template.render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
+            **({"tools": [dict(tool) for tool in tools]} if tools else {}),
             **tokenizer.special_tokens,
         )
     except Exception as error:  # a template is a model's code: it may raise anything
         raise RequestError(
             f"the chat template refuses these messages: {error}", param="messages"
         ) from error
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether a model's chat template shows it the tools that it may call."""
+    return "tools" in _variables(tokenizer.chat_template or "")
 
 
 class _GenerationMarks(Extension):
@@ -73,6 +81,21 @@ class _GenerationMarks(Extension):
 def _compile(source: str) -> jinja2.Template:
     if len(source) > _MAX_TEMPLATE_CHARACTERS:
         raise jinja2.TemplateError(f"longer than {_MAX_TEMPLATE_CHARACTERS} characters")
+    return _environment().from_string(source)
+
+
+@lru_cache(maxsize=8)
+def _variables(source: str) -> frozenset[str]:
+    """What a template reads of what it is given; nothing if it cannot be read."""
+    if len(source) > _MAX_TEMPLATE_CHARACTERS:
+        return frozenset()
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    except jinja2.TemplateError:
+        return frozenset()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -80,7 +103,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _to_json
-    return environment.from_string(source)
+    return environment
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -6,7 +6,8 @@ Training keeps them apart, so that every parameter has its published name and sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import torch
 
@@ -32,6 +33,43 @@ def fuse(model: Decoder) -> None:
         elif isinstance(module, FeedForward) and module.is_gated and _are_plain(*module.inputs):
             module.gate_up = _joined(module.inputs)
             del module.gate, module.up
+
+
+class Part(NamedTuple):
+    """Where a projection is computed.
+
+    Attributes:
+        layer: that computes it.
+        columns: of the layer's outputs that are the projection's.
+    """
+
+    layer: Linear
+    columns: slice
+
+
+def parts(model: Decoder) -> dict[str, Part]:
+    """Every projection under the name that it has before it is fused, and where it is computed."""
+    found: dict[str, Part] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and module.qkv is not None:
+            names = [f"{name}.{part}" for part in ("query", "key", "value")]
+            found |= _cut(module.qkv, names, module.widths)
+        elif isinstance(module, FeedForward) and module.gate_up is not None:
+            width = module.gate_up.out_features // 2
+            found |= _cut(module.gate_up, [f"{name}.gate", f"{name}.up"], (width, width))
+        elif isinstance(module, Linear) and not name.endswith((".qkv", ".gate_up")):
+            found |= _cut(module, [name], [module.out_features])
+    return found
+
+
+def _cut(layer: Linear, names: Sequence[str], widths: Sequence[int]) -> dict[str, Part]:
+    """The outputs of a layer, cut into those of projections that lie side by side."""
+    ends = list(accumulate(widths))
+    assert ends[-1] == layer.out_features, "widths of all the projections"
+    return {
+        name: Part(layer, slice(end - width, end))
+        for name, end, width in zip(names, ends, widths, strict=True)
+    }
 
 
 def _are_plain(*projections: object) -> bool:

@@ -15,6 +15,7 @@ from paceline.core.errors import ConfigError, Problem
 from paceline.plan.mesh import AXES
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import Plan
+from paceline.plan.rules.adapters import adapters_are_named, adapters_stay_whole
 from paceline.plan.rules.basic import betas, levels, names, not_built, signs
 from paceline.plan.rules.context import (
     context_has_ranks,
@@ -132,7 +133,7 @@ def require_for_module(plan: Plan) -> None:
         raise ConfigError(problems, source="the plan")
 
 
-BASIC_RULES: tuple[Rule, ...] = (signs, betas, levels, not_built, names)
+BASIC_RULES: tuple[Rule, ...] = (signs, betas, levels, not_built, names, adapters_are_named)
 
 _STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 _ZERO = ("zero.stage", "zero.sharder", "mesh.dp_shard", "mesh.pp")
@@ -186,6 +187,11 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "serve.batch_invariant",
         "serve.weights",
         "serve.draft",
+    ),
+    adapters_stay_whole: (
+        "serve.adapters",
+        "serve.batch_invariant",
+        *(f"serve.mesh.{axis}" for axis in ("tp", "pp", "ep")),
     ),
 }
 """Rule between keys to the keys that it reads; it runs where each of these makes sense alone."""

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from paceline.core.config import Config
+from paceline.core.config import Config, plain
 from paceline.plan.plan import Plan
 from paceline.plan.rules.known import value_at
 
 
 def changed_keys(before: Plan, after: Plan) -> dict[str, Any]:
     """Dotted paths of the keys whose values differ, in the order of the plan, to the new values."""
-    values = {path: value_at(after, path) for path in leaves(before)}
-    return {path: value for path, value in values.items() if value != value_at(before, path)}
+    paths = [path for path in leaves(before) if value_at(after, path) != value_at(before, path)]
+    return {path: plain(value_at(after, path)) for path in paths}
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[str]:

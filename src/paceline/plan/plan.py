@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from paceline.core.config import Config
+from paceline.core.config import Config, TextTable
 from paceline.plan.mesh import MeshConfig
 
 DtypeName = Literal["float64", "float32", "bfloat16"]
@@ -287,6 +287,40 @@ class ServeMeshConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsConfig(Config):
+    """What a server takes on, and from whom: no client may keep the others from being served.
+
+    Attributes:
+        max_queued_requests: that wait to be computed; beyond, a request is told to come later.
+        max_queued_tokens: of the prompts of these, where there is more than one.
+        max_requests_per_key: that one API key may have open at a time.
+        max_connections: open at a time.
+        max_body_bytes: of a request.
+        max_header_bytes: of a request's line and headers.
+        max_headers: how many of them.
+        receive_timeout_s: in which a request has come whole, from its connection's beginning or
+            the last answer's end.
+        request_timeout_s: in which it is answered; what is not done by then is ended.
+        max_unread_bytes: of an answer that wait for a client to read them.
+        unread_timeout_s: for which more than these may wait; then the client is cut off.
+        drain_timeout_s: that open answers have to end in once the server is told to stop.
+    """
+
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 262144
+    max_requests_per_key: int = 256
+    max_connections: int = 2048
+    max_body_bytes: int = 4 << 20
+    max_header_bytes: int = 32 << 10
+    max_headers: int = 100
+    receive_timeout_s: float = 30.0
+    request_timeout_s: float = 600.0
+    max_unread_bytes: int = 64 << 10
+    unread_timeout_s: float = 30.0
+    drain_timeout_s: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig(Config):
     """How requests are served.
 
@@ -301,7 +335,10 @@ class ServeConfig(Config):
         weights: ``auto`` is `dtype`.
         batch_invariant: whether logits must not depend on what else is in the batch.
         draft: what proposes tokens ahead of the model.
+        adapters: name to the folder of an adapter; all of them are served beside the model, each to
+            the requests that name it.
         mesh: serving's own layout.
+        limits: what the server takes on.
     """
 
     policy: str = "stall-free"
@@ -312,7 +349,9 @@ class ServeConfig(Config):
     weights: Literal["auto", "int8"] = "auto"
     batch_invariant: bool = False
     draft: str = "none"
+    adapters: TextTable = field(default_factory=TextTable)
     mesh: ServeMeshConfig = field(default_factory=ServeMeshConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -24,7 +27,8 @@ class Book:
     def __init__(self, num_blocks: int, block_size: int, num_virtual: int = 0) -> None:
         self.kv = KVOwner(num_blocks, block_size)
         self.running: dict[int, RequestState] = {}  # in order of admission
-        self.waiting: dict[int, RequestState] = {}  # in order of arrival, preempted ones first
+        self.waiting: OrderedDict[int, RequestState] = OrderedDict()  # by arrival, preempted first
+        self._deadlines: list[tuple[float, int]] = []  # a heap, of ended requests too
         self.num_preempted = 0
         self.num_prompt_tokens = self.num_found_tokens = 0  # of admitted requests
         self._num_virtual = num_virtual
@@ -43,15 +47,27 @@ class Book:
 
     def add(self, states: Iterable[RequestState]) -> None:
         """Requests that have come; they wait."""
-        self.waiting |= {state.id: state for state in states}
+        for state in states:
+            self.waiting[state.id] = state
+            if state.deadline_s < math.inf:
+                heapq.heappush(self._deadlines, (state.deadline_s, state.id))
+
+    def late(self, now_s: float) -> list[int]:
+        """Requests whose time is up, each told once; what a step has a part of, once it is done."""
+        due: list[tuple[float, int]] = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            due.append(heapq.heappop(self._deadlines))
+        states = [state for _, number in due if (state := self.get(number))]
+        for state in states:
+            if state.is_busy:
+                heapq.heappush(self._deadlines, (state.deadline_s, state.id))
+        return [state.id for state in states if not state.is_busy]
 
     def view(self) -> View:
         """What the policy sees; of waiting requests no more than it reads."""
-        views = (self._waiting_view(state) for state in self.waiting.values())
-        ready = (view for view in views if view is not None)
         return View(
             running=[self._running_view(state) for state in self.running.values()],
-            waiting=_Lazy(ready, len(self.waiting)),
+            waiting=_Lazy(self._waiting_views(), len(self.waiting)),
             num_free=self.kv.pool.num_free,
             block_size=self.kv.block_size,
             num_virtual=self._num_virtual,
@@ -62,18 +78,22 @@ class Book:
         state = self.running.pop(request_id)
         assert not state.is_busy, f"request {request_id} is preempted, and a step has a part of it"
         self.kv.release(request_id)
-        state.num_computed = 0
+        state.begin_anew()
         self.num_preempted += 1
-        self.waiting = {request_id: state} | self.waiting
+        self.waiting[request_id] = state
+        self.waiting.move_to_end(request_id, last=False)
 
-    def work(self, share: Share) -> Work:
+    def work(self, share: Share, now_s: float) -> Work:
         """A request's part of a step, with blocks for it; one that waits is admitted."""
         number = share.request_id
         found: list[int] = []
         if number in self.waiting:
             state = self.running[number] = self.waiting.pop(number)
-            found = self.kv.begin(number, self._keys(state))
+            found = self.kv.begin(number, self._keys(state), self._most_found(state))
             state.num_computed = len(found) * self.kv.block_size
+            if state.num_found is None:  # else it has been preempted, and finds its own
+                state.num_found = state.num_computed
+            state.admitted_s = now_s if state.admitted_s is None else state.admitted_s
             self.num_prompt_tokens += len(state.tokens)
             self.num_found_tokens += state.num_computed
         state = self.running[number]
@@ -88,6 +108,8 @@ class Book:
             new_blocks=(*found, *new),
             draw=state.draw() if end == len(state.tokens) else None,
             adapter=state.request.adapter,
+            scored=state.scored(start, end),
+            num_top=state.request.num_prompt_logprobs or 0,
         )
 
     def computed(self, share: Share) -> RequestState:
@@ -111,11 +133,15 @@ class Book:
         self.kv = KVOwner(self.kv.pool.num_blocks, self.kv.block_size)
 
     def _keys(self, state: RequestState) -> Sequence[Key]:
-        """Names of the blocks that a request may find; its last token is always computed."""
-        if self._num_virtual:
+        """Names of the blocks that a request's tokens fill."""
+        if self._num_virtual or state.wants_scores:
             return ()
         extend(state.keys, state.root, state.tokens, self.kv.block_size)
-        return state.keys[: (len(state.tokens) - 1) // self.kv.block_size]
+        return state.keys
+
+    def _most_found(self, state: RequestState) -> int:
+        """Blocks that a request may find; its last token is always computed."""
+        return (len(state.tokens) - 1) // self.kv.block_size
 
     def _running_view(self, state: RequestState) -> RequestView:
         return RequestView(
@@ -130,12 +156,23 @@ class Book:
             is_busy=state.is_busy,
         )
 
-    def _waiting_view(self, state: RequestState) -> RequestView | None:
-        """None of one that would compute what another is computing: it waits until it finds it."""
-        keys = self._keys(state)
-        found = self.kv.found(keys)
-        if self.kv.is_coming(keys, len(found)):
-            return None
+    def _waiting_views(self) -> Iterator[RequestView]:
+        before: dict[Key, int] = {}  # what those who wait would compute, and the first of each
+        for state in self.waiting.values():
+            keys, most = self._keys(state), self._most_found(state)
+            found = self.kv.found(keys[:most])
+            follows = None
+            if len(found) < min(most, len(keys)):
+                key = keys[len(found)]
+                follows = self.kv.computing(key)
+                follows = before.get(key) if follows is None else follows
+            yield self._waiting_view(state, found, follows)
+            for key in keys[len(found) :]:
+                before.setdefault(key, state.id)
+
+    def _waiting_view(
+        self, state: RequestState, found: Sequence[int], follows: int | None
+    ) -> RequestView:
         return RequestView(
             id=state.id,
             arrival_s=state.arrival_s,
@@ -145,6 +182,7 @@ class Book:
             max_total=state.max_total,
             num_blocks=len(found),
             num_freed=self.kv.num_unheld(found),
+            follows=follows,
         )
 
 

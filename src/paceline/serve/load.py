@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from paceline.core.errors import ConfigError, Problem, UsageError
+from paceline.decode.grammar import Grammars
+from paceline.decode.grammar_check import GrammarCheck
 from paceline.kernels.device import choose_device, choose_dtype
-from paceline.models.adapters import adapt, resolve_adapted
+from paceline.models.adapters import adapt, open_beside, put_all_beside, resolve_adapted
 from paceline.models.decoder import Decoder
 from paceline.models.fuse import fuse
 from paceline.models.hub import ModelSource
+from paceline.models.int8 import use_int8
+from paceline.models.invariant import make_invariant
 from paceline.models.peft.attach import method_of
 from paceline.models.peft.files import is_adapter
 from paceline.models.weights import build, fill
@@ -51,22 +55,27 @@ def load_engine(
 
     Raises:
         ConfigError: the plan cannot be served.
-        UsageError: no such model, or one that cannot be served over ranks.
+        UsageError: no such model or adapter, one that cannot be served over ranks, or an adapter
+            that cannot be served beside others.
         ExecutorLostError: a rank cannot begin.
     """
     plan = plan or Plan()
     source = resolve_adapted(model) if isinstance(model, str) else model
     check.require(plan, source.spec)
-    dtype = choose_dtype(plan.serve.dtype, choose_device(device))
+    adapters = open_beside(source, plan.serve.adapters)
+    where = choose_device(device)
+    dtype = choose_dtype(plan.serve.dtype, where)
     num_blocks = _num_blocks(source.spec, plan.serve, DTYPE_BYTES[str(dtype).split(".")[1]])
+    grammars = Grammars(source.tokenizer, source.spec.vocab_size)
+    num_virtual = 0
     if plan.serve.mesh.num_ranks > 1:
-        num_virtual = 0
         executor = RanksExecutor(_job(source, plan, device, dtype, num_blocks), depth=depth)
     else:
         assert depth in (None, 1), "one process computes a step as it takes it"
-        decoder = _loaded(source, dtype, choose_device(device))
-        num_virtual = decoder.num_virtual_tokens
-        executor = LocalExecutor(decoder, num_blocks, BLOCK_SIZE)
+        decoder = _loaded(source, plan.serve, dtype, where)
+        beside = put_all_beside(decoder, source, adapters)
+        num_virtual, segments = decoder.num_virtual_tokens, beside and beside.segments
+        executor = LocalExecutor(decoder, num_blocks, BLOCK_SIZE, grammars, segments)
     return Engine(
         executor,
         POLICIES.load(plan.serve.policy),
@@ -74,14 +83,23 @@ def load_engine(
         replace(source.spec, max_positions=source.spec.max_positions - num_virtual),
         source.tokenizer,
         num_virtual=num_virtual,
+        grammars=GrammarCheck(grammars),
+        dtype=str(dtype).split(".")[1],
+        adapters=tuple(adapters),
     )
 
 
-def _loaded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A whole model, ready to answer."""
+def _loaded(
+    source: ModelSource, serve: ServeConfig, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """A whole model, ready to answer as the plan says."""
     decoder = build(source.spec, dtype)
     fill(decoder, adapt(decoder, source), device)
     fuse(decoder)
+    if serve.weights == "int8":
+        use_int8(decoder)
+    if serve.batch_invariant:
+        make_invariant(decoder)
     return decoder
 
 

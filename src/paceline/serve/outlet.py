@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from paceline.decode.sampler import Sampled
+from paceline.serve.observe import Observer
 from paceline.serve.request import Delta, FinishReason, RequestState
 
 _log = logging.getLogger(__name__)
@@ -25,12 +26,15 @@ class Event(NamedTuple):
         sampled: its next token, if there is one.
         reason: that it has ended for, as far as the engine knows.
         error: why, where the reason is an error.
+        prompt: its prompt's tokens but the first with their log-probabilities, once, where they
+            are asked for.
     """
 
     state: RequestState
     sampled: Sampled | None
     reason: FinishReason | None
     error: str = ""
+    prompt: tuple[Sampled, ...] = ()
 
 
 class Outlet:
@@ -39,9 +43,13 @@ class Outlet:
     Args:
         on_stopped: called with the id of a request that needs no more tokens, from whatever thread
             `put` or the outlet's own is.
+
+    Attributes:
+        observer: told of every part of an answer, once it is handed over.
     """
 
     def __init__(self, on_stopped: Callable[[int], None]) -> None:
+        self.observer: Observer | None = None
         self._on_stopped = on_stopped
         self._ended: set[int] = set()  # before the engine knows
         self._events: queue.SimpleQueue[Sequence[Event] | None] = queue.SimpleQueue()
@@ -76,6 +84,8 @@ class Outlet:
             if number not in self._ended:
                 delta = _delta(event)
                 is_heard = self._give(event.state, delta)
+                if self.observer is not None:
+                    self.observer.told(event.state, delta)
                 if event.reason is None and (delta.finish_reason is not None or not is_heard):
                     if delta.finish_reason is not None:
                         self._ended.add(number)
@@ -96,4 +106,6 @@ class Outlet:
 def _delta(event: Event) -> Delta:
     if event.sampled is None:
         return Delta("", (), event.reason, event.error)
-    return event.state.text.push(event.sampled, event.reason)
+    state = event.state
+    found = state.num_found or 0
+    return state.text.push(event.sampled, event.reason, prompt=event.prompt, num_found=found)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from paceline.core.errors import RequestError
+from paceline.decode.grammar import Grammar
 from paceline.decode.sampler import Draw, Sampled, SamplingParams
 from paceline.decode.stop import StopScanner
 from paceline.models.tokenizer import IncrementalDecoder, Tokenizer
-from paceline.plan.model_spec import ModelSpec
 from paceline.serve.kv.pool import Key
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
@@ -33,6 +32,11 @@ class Request:
         stop: strings that end the answer and are left out of it.
         stop_ids: tokens that end the answer beside the model's own.
         ignore_eos: whether tokens that end an answer are tokens like any other.
+        min_tokens: the answer's shortest length: before, neither a token nor a stop string ends it.
+        num_logprobs: how many of the likeliest tokens are told of with each token's
+            log-probability; 0 for none but its own, None for no log-probabilities.
+        num_prompt_logprobs: the same for the prompt's tokens but the first.
+        grammar: what the answer's text must be; None for anything.
         adapter: name of the adapter that answers; empty for none.
         tenant: whose request it is: keys and values are shared within one tenant only.
         timeout_s: after which it is ended, answered or not.
@@ -44,6 +48,10 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
     adapter: str = ""
     tenant: str = ""
     timeout_s: float = math.inf
@@ -57,9 +65,12 @@ class Delta:
         text: that can be shown.
         token_ids: sampled since the last delta.
         sampled: the same with their log-probabilities, where these are asked for.
+        prompt: the prompt's tokens but the first with theirs, in the answer's first part, where
+            these are asked for.
         finish_reason: None while the answer goes on. ``abort``: cancelled; ``timeout``: its time
             is up; ``error``: it cannot be answered, or the engine failed.
         error: why, where the reason is an error.
+        num_found: how many of the prompt's tokens were found in the cache.
     """
 
     text: str
@@ -67,6 +78,8 @@ class Delta:
     finish_reason: FinishReason | None
     error: str = ""
     sampled: tuple[Sampled, ...] = ()
+    prompt: tuple[Sampled, ...] = ()
+    num_found: int = 0
 
 
 @dataclass(slots=True)
@@ -84,6 +97,10 @@ class RequestState:
         keys: names of the blocks that these fill, as far as they have been needed.
         num_computed: how many of the tokens the executor has computed.
         is_busy: whether a step that is not done yet has a part of it.
+        num_found: how many of the prompt's were found in the cache; None before it has run.
+        scores: the prompt's tokens but the first with their log-probabilities, as far as they are
+            known, where they are asked for.
+        admitted_s: when it first held blocks; None before.
     """
 
     id: int
@@ -96,6 +113,9 @@ class RequestState:
     keys: list[Key] = field(default_factory=list)
     num_computed: int = 0
     is_busy: bool = False
+    num_found: int | None = None
+    scores: list[Sampled] = field(default_factory=list)
+    admitted_s: float | None = None
 
     @property
     def num_generated(self) -> int:
@@ -114,7 +134,35 @@ class RequestState:
 
     def draw(self) -> Draw:
         """How its next token is chosen."""
-        return Draw(self.request.sampling, len(self.tokens))
+        request = self.request
+        needs_end, grammar = request.min_tokens > 0, request.grammar
+        needs_history = needs_end or grammar is not None or request.sampling.uses_history
+        return Draw(
+            request.sampling,
+            len(self.tokens),
+            history=self.tokens if needs_history else (),
+            num_prompt=len(request.prompt_ids),
+            num_logprobs=request.num_logprobs,
+            min_tokens=request.min_tokens,
+            end_ids=tuple(sorted(self.end_ids)) if needs_end else (),
+            grammar=grammar,
+        )
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        wanted = self.request.num_prompt_logprobs is not None
+        return wanted and len(self.scores) < len(self.request.prompt_ids) - 1
+
+    def scored(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens of the prompt that `tokens[start:end]` tell the log-probabilities of."""
+        return self.request.prompt_ids[start + 1 : end + 1] if self.wants_scores else ()
+
+    def begin_anew(self) -> None:
+        """Its keys and values are gone."""
+        self.num_computed = 0
+        if self.wants_scores:  # a part of them does not say where they end
+            self.scores.clear()
 
     def add(self, sampled: Sampled) -> FinishReason | None:
         """Takes up a sampled token; what it ends the answer for, as far as tokens tell."""
@@ -132,6 +180,7 @@ class AnswerText:
         stop: strings that end the answer and are left out of it.
         on_delta: called with each part of the answer.
         end_ids: tokens that end the answer and say nothing.
+        min_tokens: of the answer, before which no stop string is looked for.
     """
 
     def __init__(
@@ -140,73 +189,42 @@ class AnswerText:
         stop: Sequence[str],
         on_delta: Callable[[Delta], None],
         end_ids: frozenset[int],
+        min_tokens: int = 0,
     ) -> None:
         self.on_delta = on_delta
         self._decoder, self._scanner = IncrementalDecoder(tokenizer), StopScanner(stop)
-        self._end_ids = end_ids
+        self._end_ids, self._num_unscanned = end_ids, min_tokens
 
-    def push(self, sampled: Sampled, reason: FinishReason | None) -> Delta:
+    def push(
+        self,
+        sampled: Sampled,
+        reason: FinishReason | None,
+        *,
+        prompt: tuple[Sampled, ...] = (),
+        num_found: int = 0,
+    ) -> Delta:
         """The part of the answer that a token completes.
 
         Args:
             sampled: the token.
             reason: that it ends the answer for, as far as tokens tell.
+            prompt: what is told of the prompt's tokens with it.
+            num_found: how many of these were found in the cache.
         """
         text, is_stopped = "", False
         if sampled.token not in self._end_ids:
-            text, is_stopped = self._scanner.push(self._decoder.push(sampled.token))
+            text, is_stopped = self._scan(self._decoder.push(sampled.token))
         if reason is not None and not is_stopped:
             # What was held back may still hold a stop string.
             rest, is_stopped = self._scanner.push(self._decoder.finish())
             text += rest if is_stopped else rest + self._scanner.finish()
         told = () if sampled.logprob is None else (sampled,)
-        return Delta(text, (sampled.token,), "stop" if is_stopped else reason, sampled=told)
+        reason = "stop" if is_stopped else reason
+        return Delta(text, (sampled.token,), reason, "", told, prompt, num_found)
 
-
-def require_servable(request: Request, spec: ModelSpec, room_tokens: int) -> None:
-    """Raises RequestError for what cannot be answered.
-
-    The checks are those that keep one request from harming others: sizes and token ids.
-
-    Args:
-        request: that is asked.
-        spec: of the model.
-        room_tokens: that all blocks of keys and values hold together.
-    """
-    length = len(request.prompt_ids)
-    if length == 0:
-        raise RequestError("the prompt is empty", param="prompt")
-    if length >= spec.max_positions:
-        raise RequestError(
-            f"the prompt has {length} tokens, the context {spec.max_positions}",
-            param="prompt",
-            hint=f"at most {spec.max_positions - 1} tokens of prompt leave room for an answer",
-        )
-    if request.max_tokens < 1:
-        raise RequestError(
-            f"max_tokens = {request.max_tokens} must be positive", param="max_tokens"
-        )
-    if length + request.max_tokens > spec.max_positions:
-        raise RequestError(
-            f"{length} tokens of prompt and {request.max_tokens} of answer exceed the context "
-            f"of {spec.max_positions}",
-            param="max_tokens",
-            hint=f"max_tokens of at most {spec.max_positions - length}",
-        )
-    if length + request.max_tokens > room_tokens:
-        raise RequestError(
-            f"{length} tokens of prompt and {request.max_tokens} of answer exceed the "
-            f"{room_tokens} that this server has memory for",
-            param="max_tokens",
-            hint=f"max_tokens of at most {room_tokens - length}"
-            if room_tokens > length
-            else "a shorter prompt, or a server with more serve.kv_memory_bytes",
-        )
-    _require_tokens(request.prompt_ids, spec)
-    if any(not stop for stop in request.stop):
-        raise RequestError("a stop string is empty", param="stop")
-
-
-def _require_tokens(ids: Sequence[int], spec: ModelSpec) -> None:
-    if min(ids) < 0 or max(ids) >= spec.vocab_size:
-        raise RequestError(f"token ids must be from 0 to {spec.vocab_size - 1}", param="prompt")
+    def _scan(self, text: str) -> tuple[str, bool]:
+        """As the scanner's `push`, of what one token says."""
+        if self._num_unscanned > 0:
+            self._num_unscanned -= 1
+            return text, False
+        return self._scanner.push(text)

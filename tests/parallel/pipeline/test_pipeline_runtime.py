@@ -174,8 +174,9 @@ def test_an_evaluation_runs_forward_alone_and_leaves_nothing(name):
             return Rank(rank, actions, stages, torch.float32).run()
 
     outcomes = run_ranks(work, p)
-    losses = {index: float(loss) for index, loss in enumerate(expected)}
-    assert [o.losses for o in outcomes if o.losses] == [losses]
+    (losses,) = [o.losses for o in outcomes if o.losses]
+    # Products of few rows are by another kernel where nothing is put off.
+    assert losses == pytest.approx(dict(enumerate(map(float, expected))), rel=1e-6)
     for outcome in outcomes:
         assert outcome.gradients == {}
         assert outcome.finished == []

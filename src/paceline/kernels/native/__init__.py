@@ -1,9 +1,13 @@
-"""C kernels for one decoded token on a CPU, built for this machine when they are first needed.
+"""C kernels for inference on a CPU, built for this machine when they are first needed.
 
-torch's own products with a single row read memory at a third of its rate, and each of its small
-operations costs more to call than to compute. The source is plain C (``decode.c``); the machine's
-compiler makes a library of it, in the cache folder, in half a second. Without a compiler torch's
-kernels are used, with a warning: same results to rounding, slower.
+torch's own products with few rows read memory at a third of its rate, its attention over many
+sequences is one call for each, and its small operations cost more to call than to compute. The
+source is plain C; the machine's compiler makes a library of it, in the cache folder, in a few
+seconds. Without a compiler torch's kernels are used, with a warning: same results to rounding,
+slower.
+
+No flag lets the compiler reorder sums, or round products as it likes: the order in the source is
+what makes a row's result the same whatever rows are computed beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from torch import Tensor, nn
 from paceline.core.env import cache_folder
 from paceline.core.files import new_file
 
-_SOURCE = Path(__file__).with_name("decode.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("decode.c", "product.c", "attend_paged.c", "choose.c"))
+_HEADERS = (_FOLDER / "vectors.h",)
 _COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: linked into a library it makes the whole process drop denormal numbers.
 _FLAGS = (
@@ -35,18 +41,22 @@ _FLAGS = (
     "-fPIC",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fassociative-math",
     "-fno-signed-zeros",
     "-freciprocal-math",
+    "-ffp-contract=off",
 )
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "linear": (*[_POINTER] * 4, *[_LONG] * 2, _INT),
-    "rms_norm": (*[_POINTER] * 3, *[_LONG] * 2, *[_FLOAT] * 2),
-    "rotate": (*[_POINTER] * 4, *[_LONG] * 2),
+    "product": (*[_POINTER] * 5, *[_LONG] * 3, _INT),
+    "product_i8": (*[_POINTER] * 5, *[_LONG] * 3, _INT),
+    "rms_norm": (*[_POINTER] * 3, *[_LONG] * 2, *[_FLOAT] * 2, _INT),
+    "rotate": (*[_POINTER] * 4, *[_LONG] * 4, _INT),
     "attend": (*[_POINTER] * 4, *[_LONG] * 4, _FLOAT, _INT),
-    "gate_silu": (*[_POINTER] * 2, _LONG),
-    "gate_gelu_tanh": (*[_POINTER] * 2, _LONG),
+    "attend_paged": (*[_POINTER] * 9, *[_LONG] * 10, _FLOAT, _INT),
+    "gate_silu": (*[_POINTER] * 2, *[_LONG] * 2, _INT),
+    "gate_gelu_tanh": (*[_POINTER] * 2, *[_LONG] * 2, _INT),
+    "highest": (*[_POINTER] * 2, *[_LONG] * 2, _INT),
+    "draw": (*[_POINTER] * 5, *[_LONG] * 2, _INT),
 }
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _PLAIN = (Tensor, nn.Parameter)
@@ -78,6 +88,11 @@ def call(operation: str, dtype: torch.dtype, *arguments: Any) -> None:
     found[operation, dtype](
         *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments),
     )
+
+
+def threads(num_rows: int, rows_per_thread: int) -> int:
+    """How many threads so many rows are worth, of those that torch may use."""
+    return max(1, min(torch.get_num_threads(), num_rows // rows_per_thread))
 
 
 @lru_cache(maxsize=1)
@@ -112,10 +127,10 @@ def _library() -> Path:
     found = compiler()
     if found is None:
         raise OSError(f"no C compiler ({', '.join(_COMPILERS)}) is installed")
-    path = cache_folder() / "kernels" / f"decode-{_identity(found)}.so"
+    path = cache_folder() / "kernels" / f"kernels-{_identity(found)}.so"
     if not path.exists():
         with new_file(path) as temporary:
-            command = [found, *_FLAGS, str(_SOURCE), "-o", str(temporary), "-lm"]
+            command = [found, *_FLAGS, *map(str, _SOURCES), "-o", str(temporary), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
     return path
 
@@ -123,7 +138,8 @@ def _library() -> Path:
 def _identity(path: str) -> str:
     """What the library depends on: its source, the compiler, and the CPU that it is built for."""
     version = subprocess.run([path, "--version"], capture_output=True, check=True, timeout=60)
-    parts = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version.stdout, _cpu().encode()]
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    parts = [*sources, " ".join(_FLAGS).encode(), version.stdout, _cpu().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from paceline.models.decoder import Decoder
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
+from paceline.models.peft.update import Update
 from paceline.models.weights import Weights
 from paceline.plan.model_spec import ModelSpec
 from paceline.plan.plan import PeftConfig
@@ -40,10 +41,12 @@ class Method(ABC):
     Attributes:
         file_type: what an adapter_config.json calls the method.
         why_unmerged: why its parameters cannot become part of the model's own; empty if they can.
+        why_alone: why rows of one pass cannot differ in it; empty if they can.
     """
 
     file_type: ClassVar[str]
     why_unmerged: ClassVar[str] = ""
+    why_alone: ClassVar[str] = ""
 
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
@@ -80,6 +83,19 @@ class Method(ABC):
             added: the new parameters.
         """
         return value
+
+    def update(self, module: str, own: Weights, has_bias: bool, added: Weights) -> Update:  # noqa: ARG002
+        """What it makes of an adapted module's product, at least in float32.
+
+        Asked of methods alone that rows of one pass can differ in.
+
+        Args:
+            module: its name.
+            own: the model's weights.
+            has_bias: whether the module has one.
+            added: the new parameters.
+        """
+        raise AssertionError(f"{self.config.method} has no update of {module}: {self.why_alone}")
 
     def targets(self, model: Decoder) -> list[str]:  # noqa: ARG002
         """The modules of a model that are adapted, if the method adapts some.

@@ -59,6 +59,7 @@ class Bottleneck(LinearMethod):
     }
     usual_targets = ("blocks.*.attention.output", "blocks.*.ffn.down")
     why_unmerged = "its hidden layer is not linear, and no matrix computes it"
+    why_alone = "its hidden layer is not computed for single rows of a pass"
 
     def adapt(self, name: str, base: Linear) -> BottleneckLinear:
         return BottleneckLinear(base, self.config.width)

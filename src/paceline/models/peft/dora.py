@@ -23,6 +23,7 @@ from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.lora import (
     LINEAR_LAYERS,
+    factors,
     lora_fields,
     low_rank,
     read_lora_fields,
@@ -31,6 +32,7 @@ from paceline.models.peft.lora import (
 )
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
+from paceline.models.peft.update import LowRank, Update
 from paceline.models.weights import Weights
 from paceline.plan.plan import PeftConfig
 
@@ -88,6 +90,15 @@ class Dora(LinearMethod):
         lengths = torch.linalg.vector_norm(updated, dim=1)
         magnitude = added.read(f"{module}.magnitude").to(value.dtype)
         return (magnitude / lengths)[:, None] * updated
+
+    def update(self, module: str, own: Weights, has_bias: bool, added: Weights) -> Update:
+        """``y = ratio (x W^T + scale (x A^T) B^T) + b``, from ``x W^T + b``."""
+        down, up = factors(self.config, module, added)
+        lengths = torch.linalg.vector_norm(own.read(f"{module}.weight").to(up) + up @ down, dim=1)
+        ratio = added.read(f"{module}.magnitude").to(up) / lengths
+        shift = (1 - ratio) * own.read(f"{module}.bias").to(up) if has_bias else None
+        low_rank = LowRank(down, ratio[:, None] * up)
+        return Update(scale=ratio, shift=shift, low_rank=low_rank)
 
     def file_config(self, names: FileNames, targets: list[str]) -> dict[str, Any]:
         return lora_fields(self.config, names, targets) | {"use_dora": True}

@@ -72,13 +72,19 @@ def base_model(folder: Path) -> str:
         UsageError: it names none.
         DataError: its config is broken.
     """
-    name = _read_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    name = named_base(folder)
+    if not name:
         raise UsageError(
             f"{folder / CONFIG_FILE} names no base_model_name_or_path",
             hint=f"give the model, and --adapter {folder}",
         )
     return name
+
+
+def named_base(folder: Path) -> str:
+    """What an adapter calls its base model; empty if it names none."""
+    name = _read_config(folder).get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
 
 
 def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:

@@ -22,6 +22,7 @@ from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
+from paceline.models.peft.update import Update
 from paceline.models.weights import Weights
 from paceline.plan.plan import PeftConfig
 
@@ -61,6 +62,12 @@ class Ia3(LinearMethod):
         if module.endswith(_SCALED_BEFORE):
             return value if kind == "bias" else value * scale
         return value * (scale if kind == "bias" else scale[:, None])
+
+    def update(self, module: str, own: Weights, has_bias: bool, added: Weights) -> Update:
+        value = added.read(f"{module}.ia3")
+        scale = value.to(torch.promote_types(value.dtype, torch.float32))
+        is_before = module.endswith(_SCALED_BEFORE)
+        return Update(input_scale=scale) if is_before else Update(scale=scale)
 
     def file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         module = name.rpartition(".")[0]

@@ -24,6 +24,7 @@ from paceline.models.peft.base import Origin
 from paceline.models.peft.linear import AdaptedLinear, LinearMethod
 from paceline.models.peft.names import FileNames
 from paceline.models.peft.options import FileOptions
+from paceline.models.peft.update import LowRank, Update
 from paceline.models.weights import Weights
 from paceline.plan.plan import PeftConfig
 
@@ -63,6 +64,10 @@ class Lora(LinearMethod):
     def merge(self, kind: str, value: Tensor, module: str, added: Weights) -> Tensor:
         return value if kind == "bias" else value + low_rank(self.config, module, added, value)
 
+    def update(self, module: str, own: Weights, has_bias: bool, added: Weights) -> Update:
+        down, up = factors(self.config, module, added)
+        return Update(low_rank=LowRank(down, up))
+
     def file_config(self, names: FileNames, targets: list[str]) -> dict[str, Any]:
         return lora_fields(self.config, names, targets)
 
@@ -89,6 +94,13 @@ def low_rank(config: PeftConfig, module: str, added: Weights, like: Tensor) -> T
     """``scale B A`` in the dtype of `like`."""
     a, b = (added.read(f"{module}.{part}").to(like.dtype) for part in ("lora_a", "lora_b"))
     return (config.alpha / config.rank) * (b @ a)
+
+
+def factors(config: PeftConfig, module: str, added: Weights) -> tuple[Tensor, Tensor]:
+    """``A`` and ``scale B``, at least in float32."""
+    a, b = (added.read(f"{module}.{part}") for part in ("lora_a", "lora_b"))
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide), (config.alpha / config.rank) * b.to(wide)
 
 
 def lora_fields(config: PeftConfig, names: FileNames, targets: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class EveryParameter(Method):
 
     file_type = ""
     why_unmerged = "nothing was added"
+    why_alone = "nothing was added"
 
     def attach(self, model: Decoder) -> None:
         pass

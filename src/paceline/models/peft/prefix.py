@@ -82,6 +82,7 @@ class Prefix(Method):
 
     file_type = "PREFIX_TUNING"
     why_unmerged = "virtual tokens stand before the text, not in the model's weights"
+    why_alone = "virtual tokens stand before the sequences of a pass, and before all alike"
 
     def attach(self, model: Decoder) -> None:
         spec = model.spec

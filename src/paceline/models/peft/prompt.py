@@ -49,6 +49,7 @@ class Prompt(Method):
 
     file_type = "PROMPT_TUNING"
     why_unmerged = "virtual tokens stand before the text, not in the model's weights"
+    why_alone = "virtual tokens stand before the sequences of a pass, and before all alike"
 
     def attach(self, model: Decoder) -> None:
         shape = (self.config.virtual_tokens, model.spec.d_model)

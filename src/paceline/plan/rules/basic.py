@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -9,13 +10,12 @@ from collections.abc import Iterator
 
 from paceline.core.errors import Problem, name_hint
 from paceline.plan.mesh import AXES
-from paceline.plan.plan import Plan
+from paceline.plan.plan import LimitsConfig, Plan
 from paceline.plan.rules.known import Known, value_at
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "precision.params": ("float32", "float64"),
     "replicas.method": ("all-reduce",),
-    "serve.weights": ("auto",),
     "serve.draft": ("none",),
     "serve.mesh.ep": (1,),
     "serve.mesh.replicas": (1,),
@@ -52,6 +52,7 @@ POSITIVE = (
     "serve.max_sequences",
     "serve.mesh.tp",
     "serve.mesh.pp",
+    *(f"serve.limits.{key.name}" for key in dataclasses.fields(LimitsConfig)),
 )
 
 

@@ -44,9 +44,18 @@ class ApiKeys:
 
     def opens(self, authorization: str) -> bool:
         """Whether an Authorization header holds a key; every key is compared, always."""
+        return self.tenant_of(authorization) is not None
+
+    def tenant_of(self, authorization: str) -> str | None:
+        """A name for whoever has the key in an Authorization header; None without a right one.
+
+        Without keys everybody is one tenant, of no name.
+        """
         digest = _digest(authorization.removeprefix("Bearer "))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return not self._digests or (authorization.startswith("Bearer ") and any(matches))
+        if not self._digests:
+            return ""
+        return digest.hex() if authorization.startswith("Bearer ") and any(matches) else None
 
 
 def _digest(key: str) -> bytes:

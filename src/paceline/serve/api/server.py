@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
+import resource
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from types import FrameType
 
 import uvicorn
 
 from paceline.core.errors import PacelineError, UsageError
+from paceline.plan.plan import LimitsConfig
 from paceline.serve.api.app import create_app
+from paceline.serve.api.connection import bounded
+from paceline.serve.api.door import Door
 from paceline.serve.api.keys import ApiKeys
 from paceline.serve.engine import Engine
 
-_DRAIN_S = 5
 _ABORT_S = 5  # from the end of the draining to that of the connections, should a client not read
+_BACKLOG = 1024  # of clients that have come and are not yet let in
+_OTHER_FILES = 256
 
 
 def listen(host: str, port: int, keys: ApiKeys) -> socket.socket:
@@ -45,7 +50,7 @@ def listen(host: str, port: int, keys: ApiKeys) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # an address that is only bound can be taken by another server
+        listener.listen(_BACKLOG)  # an address that is only bound can be taken by another server
     except OSError as error:
         listener.close()
         raise _cannot_listen(host, port, error) from error
@@ -88,33 +93,75 @@ class EngineThread:
             engine.serve()
 
 
-def run(thread: EngineThread, listener: socket.socket, model_name: str, keys: ApiKeys) -> None:
-    """Serves until SIGINT or SIGTERM; open answers have a few seconds to end."""
-    config = uvicorn.Config(
-        create_app(thread.engine, model_name, keys),
-        log_level="warning",
-        timeout_graceful_shutdown=_DRAIN_S + _ABORT_S,
-        server_header=False,
-    )
+def run(
+    thread: EngineThread,
+    listener: socket.socket,
+    model_name: str,
+    keys: ApiKeys,
+    limits: LimitsConfig,
+) -> None:
+    """Serves until SIGINT or SIGTERM; open answers have some time to end, unless a second comes."""
+    _allow_files(limits.max_connections + _OTHER_FILES)
     try:
-        _Server(config, thread.engine).run(sockets=[listener])
+        server_around(thread.engine, model_name, keys, limits).run(sockets=[listener])
     finally:
         thread.stop()
 
 
-class _Server(uvicorn.Server):
-    """Ends open answers itself once their time is up; uvicorn would do it with a traceback each."""
+def server_around(
+    engine: Engine, model_name: str, keys: ApiKeys, limits: LimitsConfig
+) -> uvicorn.Server:
+    """The HTTP server of an engine, which is to run already or soon."""
+    door = Door(engine, limits)
+    config = uvicorn.Config(
+        create_app(engine, model_name, keys, door),
+        loop="asyncio",
+        http=bounded(limits),
+        ws="none",
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=_ABORT_S,
+        server_header=False,
+    )
+    return _Server(config, engine, door)
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+
+class _Server(uvicorn.Server):
+    """Drains before it shuts down: it listens on, to tell who comes that it stops.
+
+    uvicorn would close its socket first, and end open answers with a traceback each.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, door: Door) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._door = engine, door
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._door.is_shut:
+            self.force_exit = True
+        else:
+            self._door.shut()
+            self.should_exit = False  # but `on_tick` says when
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._door.is_drained
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(_DRAIN_S, self._engine.stop)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+        self._engine.stop()  # whoever is still here is told
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
+
+def _allow_files(number: int) -> None:
+    """Asks for so many open files, or as many as there may be: a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> PacelineError:

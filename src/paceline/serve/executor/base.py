@@ -36,7 +36,9 @@ class Work:
         new_blocks: put at the end of the request's table before the tokens are computed.
         draw: how the token after them is chosen; None where more of them exist.
         adapter: name of the adapter that it is computed with; empty for none.
-        wants_logprobs: whether the log-probability of each token after the first is wanted.
+        scored: the tokens that come after the first of them, each after its own, where their
+            log-probabilities are wanted; at most as many.
+        num_top: likeliest tokens that are told of with each of these.
     """
 
     request_id: int
@@ -45,7 +47,8 @@ class Work:
     new_blocks: tuple[int, ...]
     draw: Draw | None
     adapter: str = ""
-    wants_logprobs: bool = False
+    scored: tuple[int, ...] = ()
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,20 @@ class StepResult:
     Attributes:
         sampled: request id to its next token, for the work that asked for one.
         failed: request id to why it cannot be answered; the others are not harmed.
-        prompt_logprobs: request id to the log-probability of each of the step's tokens but the
-            first one's of a sequence, for the work that wants them.
+        prompt_logprobs: request id to its `scored` tokens with their log-probabilities.
     """
 
     sampled: dict[int, Sampled]
     failed: Mapping[int, str] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, Sequence[Sampled]] = field(default_factory=dict)
+
+    def __or__(self, other: StepResult) -> StepResult:
+        """What two parts of a step gave together."""
+        return StepResult(
+            {**self.sampled, **other.sampled},
+            {**self.failed, **other.failed},
+            {**self.prompt_logprobs, **other.prompt_logprobs},
+        )
 
 
 class Executor(Protocol):

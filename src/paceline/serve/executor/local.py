@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from paceline.decode.grammar import Grammars
 from paceline.decode.paged import PagedStore, extend_all
-from paceline.decode.sampler import Sampled, sample_rows
+from paceline.decode.sampler import Sampler
 from paceline.models.decoder import Decoder
+from paceline.models.peft.segments import Segments
 from paceline.serve.executor.base import OneAtATime, StepResult, Work
+from paceline.serve.executor.chosen import chosen, rows_wanted
 from paceline.serve.executor.tables import Tables
 
 
@@ -20,24 +23,35 @@ class LocalExecutor(OneAtATime):
         model: with its weights.
         num_blocks: blocks for keys and values.
         block_size: tokens to a block.
+        grammars: of the model's answers; None where no request has one.
+        segments: that the model's adapters look at, if it has some beside it.
     """
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        num_blocks: int,
+        block_size: int,
+        grammars: Grammars | None = None,
+        segments: Segments | None = None,
+    ) -> None:
         super().__init__()
-        self._model = model.eval()
+        self._model, self._segments = model.eval(), segments
         self.num_blocks, self.block_size = num_blocks, block_size
         weight = model.embedding.weight
         self._store = PagedStore(model.spec, num_blocks, block_size, weight.dtype, weight.device)
         self._tables = Tables(block_size, model.num_virtual_tokens)
+        self._sampler = Sampler(grammars)
 
     def run(self, step: Sequence[Work]) -> StepResult:
-        sampled: dict[int, Sampled] = {}
+        result = StepResult({})
         for works in self._passes(step):
-            sampled |= self._compute(works)
-        return StepResult(sampled)
+            result |= self._compute(works)
+        return result
 
     def release(self, request_id: int) -> None:
         self._tables.release(request_id)
+        self._sampler.forget(request_id)
 
     def restart(self) -> None:
         self._tables.clear()
@@ -46,17 +60,20 @@ class LocalExecutor(OneAtATime):
         pass
 
     def _passes(self, step: Sequence[Work]) -> list[list[Work]]:
-        """What is computed together; a prelude stands before one sequence alone."""
+        """What is computed together: rows of an adapter lie next to each other.
+
+        A prelude stands before one sequence alone.
+        """
         if self._model.num_virtual_tokens == 0:
-            return [list(step)] if step else []
+            return [sorted(step, key=lambda work: work.adapter)] if step else []
         begun = [work for work in step if work.start > 0]
         return [*([begun] if begun else []), *([work] for work in step if work.start == 0)]
 
     @torch.inference_mode()
-    def _compute(self, works: Sequence[Work]) -> dict[int, Sampled]:
+    def _compute(self, works: Sequence[Work]) -> StepResult:
+        if self._segments is not None:
+            lengths = [len(work.tokens) for work in works]
+            self._segments.set([work.adapter for work in works], lengths)
         sequences = [self._tables.extend(work) for work in works]
-        ends = torch.tensor([len(work.tokens) for work in works]).cumsum(0).tolist()
-        drawn = [(work, end - 1) for work, end in zip(works, ends, strict=True) if work.draw]
-        logits_RV = extend_all(self._model, sequences, self._store, [place for _, place in drawn])
-        found = sample_rows(logits_RV, [work.draw for work, _ in drawn if work.draw])
-        return {work.request_id: one for (work, _), one in zip(drawn, found, strict=True)}
+        logits_RV = extend_all(self._model, sequences, self._store, rows_wanted(works))
+        return chosen(logits_RV, works, self._sampler)

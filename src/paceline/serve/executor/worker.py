@@ -17,8 +17,9 @@ import torch.distributed
 from torch import Tensor
 
 from paceline.core.errors import DataError
+from paceline.decode.grammar import Grammars
 from paceline.decode.paged import Packed, PagedPass, PagedStore, logits_of, pack
-from paceline.decode.sampler import Sampled, sample_rows
+from paceline.decode.sampler import Sampler
 from paceline.dist.failure import is_peer_gone
 from paceline.dist.launch import end_with_parent
 from paceline.dist.p2p import PointToPoint
@@ -31,6 +32,8 @@ from paceline.parallel.inference import load_part
 from paceline.parallel.pipeline.stages import StageModel
 from paceline.plan.mesh import MeshConfig
 from paceline.serve.executor.base import StepResult, Work
+from paceline.serve.executor.chosen import chosen, rows_wanted
+from paceline.serve.executor.draws import DrawListener
 from paceline.serve.executor.messages import FROM_RANKS, TO_RANKS, Begin, Done, Job, Ready, Step
 from paceline.serve.executor.tables import Tables
 from paceline.serve.executor.wire import Line
@@ -112,7 +115,8 @@ class Worker:
         self._store = PagedStore(
             self._part.store_spec, job.num_blocks, job.block_size, self._dtype, world.device
         )
-        self._tables = Tables(job.block_size)
+        self._tables, self._draws = Tables(job.block_size), DrawListener()
+        self._sampler = Sampler(Grammars(source.tokenizer, source.spec.vocab_size))
         self._stage = world.coordinate("pp")
         self._way = PointToPoint(world, "pp", (ACTIVATIONS,))
         world.barrier()
@@ -121,7 +125,7 @@ class Worker:
     def run(self, step: Step) -> Done:
         """Computes this rank's part of a step, and hands it on to the next stage."""
         for request_id in step.released:
-            self._tables.release(request_id)
+            self._forget(request_id)
         if not step.works:
             return self._done(step, 0, time.monotonic(), StepResult({}))
         packed = pack([self._tables.extend(work) for work in step.works], self._world.device)
@@ -133,6 +137,11 @@ class Worker:
         if not self._part.is_last:
             self._way.send(output, self._stage + 1, ACTIVATIONS)
         return done
+
+    def _forget(self, request_id: int) -> None:
+        self._tables.release(request_id)
+        self._draws.forget(request_id)
+        self._sampler.forget(request_id)
 
     @property
     def _chooses(self) -> bool:
@@ -155,26 +164,20 @@ class Worker:
         return self._way.receive(shape, self._dtype, self._stage - 1, ACTIVATIONS).wait()
 
     def _computed(self, packed: Packed, given: Tensor | None, works: tuple[Work, ...]) -> Tensor:
-        """Hidden states (1, T, D), or in the last stage logits (1, R, V) of what is drawn."""
+        """Hidden states (1, T, D), or in the last stage logits (1, R, V) of what is wanted."""
         part = self._part
         part.decoder.attend = PagedPass(self._store, packed.rows).attend
         if isinstance(part.stage, StageModel):
             part.stage.given = given
-        ends = packed.rows.starts[1:]
-        wanted = [end - 1 for end, work in zip(ends, works, strict=True) if work.draw]
+        wanted = rows_wanted(works)
         head = logits_of(wanted) if wanted else _no_logits
         return part.stage(packed.tokens_1T, packed.layout, head=head)
 
     def _chosen(self, logits_1RV: Tensor, works: tuple[Work, ...]) -> StepResult:
-        drawn = [work for work in works if work.draw]
-        found = sample_rows(logits_1RV[0], [work.draw for work in drawn if work.draw])
-        sampled: dict[int, Sampled] = {
-            work.request_id: one for work, one in zip(drawn, found, strict=True)
-        }
-        return StepResult(sampled)
+        return chosen(logits_1RV[0], [self._draws.whole(work) for work in works], self._sampler)
 
 
 def _no_logits(x_BTD: Tensor, output: Output) -> Tensor:
-    """The head of a step in which nothing is drawn."""
+    """The head of a step of which no logits are wanted."""
     del output
     return x_BTD[:, :0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class RequestView:
             the cached ones that count as free until it holds them.
         is_busy: whether a step that is not done yet has a part of it: it gets no share, and is not
             preempted.
+        follows: of a waiting request, another that computes its next block, or would if it were
+            admitted: one that runs, or that waits before it. None if there is none.
     """
 
     id: int
@@ -39,6 +41,7 @@ class RequestView:
     num_blocks: int = 0
     num_freed: int = 0
     is_busy: bool = False
+    follows: int | None = None
 
     @property
     def num_left(self) -> int:
@@ -58,7 +61,7 @@ class View:
     Attributes:
         running: requests that hold blocks, in the order in which they were admitted.
         waiting: requests that hold none, in the order in which they came, preempted ones first. It
-            may be made as it is read: a policy reads no more than it admits, and one.
+            may be made as it is read: a policy reads what it admits, and few beside.
         num_free: blocks that can be taken, those of the cache that nobody holds among them.
         block_size: tokens to a block.
         num_virtual: tokens before every request's own that take room in its blocks.
@@ -112,6 +115,8 @@ class StepPlan:
 class Policy(Protocol):
     """Decides one step. Pure: no clock, no randomness, nothing kept between calls.
 
+    One that is `Arranging` too has an order for jobs that are known whole.
+
     Args:
         view: the requests that have not ended.
         budget: what the step may hold.
@@ -124,3 +129,34 @@ class Policy(Protocol):
     """
 
     def __call__(self, view: View, budget: Budget, now_s: float) -> StepPlan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request of a job that is known whole, before any of it has begun.
+
+    Attributes:
+        root: requests of one root share what their prompts begin with, and no others.
+        prompt_ids: the prompt's tokens.
+        num_answer: tokens that its answer is expected to have.
+    """
+
+    root: bytes
+    prompt_ids: Sequence[int]
+    num_answer: int
+
+
+@runtime_checkable
+class Arranging(Protocol):
+    """A policy that has an order of its own for a job that is known whole."""
+
+    def arrange(self, job: Sequence[Asked], block_size: int) -> Sequence[int]:
+        """The places of the job's requests, in the order in which they are to wait. Pure."""
+        ...
+
+
+def arrange(policy: Policy, job: Sequence[Asked], block_size: int) -> Sequence[int]:
+    """The order in which a job's requests wait: the policy's own, or that of the job."""
+    if isinstance(policy, Arranging):
+        return policy.arrange(job, block_size)
+    return range(len(job))

@@ -11,22 +11,40 @@ class Room:
     Args:
         view: that it is planned for.
         budget: that it must keep.
+        to_end: whether who is admitted finds room for all that it may come to consist of, so that
+            nobody is ever preempted; else for all that exists of it.
 
     Attributes:
         num_tokens: that the step can still compute.
     """
 
-    def __init__(self, view: View, budget: Budget) -> None:
+    def __init__(self, view: View, budget: Budget, *, to_end: bool = False) -> None:
         self.num_tokens = budget.max_batch_tokens
-        self._view = view
+        self._view, self._budget, self._to_end = view, budget, to_end
         self._num_free = view.num_free
-        self._victims = [r for r in view.running if not r.is_busy]  # the last of them goes first
+        self._victims = {r.id: r for r in view.running if not r.is_busy}  # the last goes first
+        self._computing = {request.id for request in view.running}
         self._num_seats = budget.max_sequences - len(view.running)
         self._num_shares = budget.max_sequences if budget.max_shares is None else budget.max_shares
-        # Of prompts that are being computed: blocks for the rest of each are spoken for.
-        self._num_promised = sum(self._blocks_to_come(r) for r in view.running)
+        # Of requests that run: blocks for the rest of each are spoken for.
+        self._num_promised = sum(self._blocks_to_come(request) for request in view.running)
+        self._has_prompt = False
         self._shares: list[Share] = []
-        self._preempted: list[int] = []
+        self._preempted: dict[int, None] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step computes nothing so far."""
+        return not self._shares
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody can be admitted.
+
+        Nobody is in a step that has preempted: what was taken away comes first.
+        """
+        is_full = self.num_tokens == 0 or self._num_seats <= 0 or self._num_shares <= 0
+        return is_full or bool(self._preempted)
 
     def go_on(self, request: RequestView, limit: int | None = None) -> None:
         """Gives a running request its next tokens, as many as there is room for.
@@ -45,19 +63,23 @@ class Room:
             return
         num_blocks = self._missing(request, request.num_computed + num_tokens)
         while num_blocks > self._num_free:
-            victim = self._victims.pop()
+            _, victim = self._victims.popitem()
             self._preempt(victim)
             if victim.id == request.id:
                 return
-        if request in self._victims:
-            self._victims.remove(request)
+        self._victims.pop(request.id, None)
         self._num_promised -= num_blocks
         self._give(request, num_tokens, num_blocks)
 
-    def admit(self, request: RequestView, limit: int | None = None) -> bool:
-        """Gives a waiting request its first tokens if all that exist of it find room by and by.
+    def go_on_all(self) -> None:
+        """Gives all running requests their next tokens: answers first, then prompts."""
+        for is_answer in (True, False):
+            for request in self._view.running:
+                if request.is_decoding == is_answer:
+                    self.go_on(request)
 
-        Nothing is admitted in a step that has preempted: what was taken away comes first.
+    def admit(self, request: RequestView, limit: int | None = None) -> bool:
+        """Gives a waiting request its first tokens if all of it finds room by and by.
 
         Args:
             request: that waits.
@@ -66,19 +88,42 @@ class Room:
         Returns:
             Whether it is admitted.
         """
-        num_tokens = min(request.num_left, self.num_tokens, limit or request.num_left)
-        if num_tokens == 0 or self._num_seats == 0 or self._num_shares == 0 or self._preempted:
+        if self.is_closed:
             return False
-        self._num_free -= request.num_freed
         num_whole = self._blocks_to_come(request)
-        if num_whole + self._num_promised > self._num_free:
-            self._num_free += request.num_freed
+        if num_whole + self._num_promised > self._num_free - request.num_freed:
             return False
+        num_tokens = min(request.num_left, self.num_tokens, limit or request.num_left)
         num_blocks = self._missing(request, request.num_computed + num_tokens)
+        self._num_free -= request.num_freed
         self._num_seats -= 1
         self._num_promised += num_whole - num_blocks
+        self._computing.add(request.id)
         self._give(request, num_tokens, num_blocks)
         return True
+
+    def admit_all(self, *, whole: bool = False, passing: bool = True) -> None:
+        """Admits those that wait, in order, until one finds no room.
+
+        One whose next block is being computed by another waits until it finds it. It does not wait
+        for ever: whom it follows runs, and ends; and whoever passes it meanwhile came to run once.
+
+        Args:
+            whole: whether a prompt is cut only where the step holds no other.
+            passing: whether those behind one that waits for another's block may pass it: as many
+                are looked at as may run.
+        """
+        num_held_back = 0
+        if self.is_closed:  # those who wait are seen at a cost
+            return
+        for request in self._view.waiting:
+            would_be_cut = whole and self._has_prompt and request.num_left > self.num_tokens
+            if request.follows in self._computing:
+                num_held_back += 1
+                if not passing or num_held_back > self._budget.max_sequences:
+                    return
+            elif would_be_cut or not self.admit(request) or self.is_closed:
+                return
 
     def plan(self) -> StepPlan:
         """The step."""
@@ -86,18 +131,19 @@ class Room:
 
     def _give(self, request: RequestView, num_tokens: int, num_blocks: int) -> None:
         self._shares.append(Share(request.id, num_tokens))
+        self._has_prompt = self._has_prompt or not request.is_decoding
         self.num_tokens -= num_tokens
         self._num_shares -= 1
         self._num_free -= num_blocks
 
     def _preempt(self, victim: RequestView) -> None:
-        self._preempted.append(victim.id)
+        self._preempted[victim.id] = None
         self._num_free += victim.num_freed
         self._num_promised -= self._blocks_to_come(victim)
 
     def _blocks_to_come(self, request: RequestView) -> int:
-        """Blocks for the tokens that exist and are not computed."""
-        return self._missing(request, request.num_total)
+        """Blocks that are spoken for: for tokens that exist, or for all that there may be."""
+        return self._missing(request, request.max_total if self._to_end else request.num_total)
 
     def _missing(self, request: RequestView, num_tokens: int) -> int:
         """Blocks beyond a request's own for so many tokens."""

@@ -16,13 +16,6 @@ from paceline.serve.schedule.room import Room
 def stall_free(view: View, budget: Budget, now_s: float) -> StepPlan:  # noqa: ARG001
     """No answer waits for a prompt: what decodes leave of the budget goes to prompts."""
     room = Room(view, budget)
-    for request in view.running:
-        if request.is_decoding:
-            room.go_on(request)
-    for request in view.running:
-        if not request.is_decoding:
-            room.go_on(request)
-    for request in view.waiting:
-        if not room.admit(request):
-            break
+    room.go_on_all()
+    room.admit_all()
     return room.plan()
