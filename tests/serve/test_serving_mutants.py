@@ -212,11 +212,11 @@ def preempted_and_num_computed_kept(patch: Patch) -> None:
         original(self, request_id)
         self.waiting[request_id].num_computed = num_computed
 
-    def work(self: Book, share):
+    def work(self: Book, share, now_s):
         """Does not set it when the request is admitted anew."""
         state = self.waiting.get(share.request_id)
         before = state.num_computed if state else 0
-        found = original_work(self, share)
+        found = original_work(self, share, now_s)
         if before:
             self.running[share.request_id].num_computed = before
             found = replace(found, start=before)
