@@ -178,7 +178,7 @@ def test_all_problems_are_told_at_once():
         ("optimizer.lr", 0),
         ("optimizer.betas", [0.9]),
         ("optimizer.name", "none of ours"),
-        ("serve.mesh.pp", 2),
+        ("serve.mesh.ep", 2),
         ("train.tokens_per_step", 1000),
         ("zero.stage", 3),
     )
@@ -186,7 +186,7 @@ def test_all_problems_are_told_at_once():
         "optimizer.betas",
         "optimizer.lr",
         "optimizer.name",
-        "serve.mesh.pp",
+        "serve.mesh.ep",
         "train.seed",
         "train.tokens_per_step",
         "zero.stage",

@@ -67,7 +67,7 @@ VALUES: dict[str, list[Any]] = {
     "resilience.on_failure": ["stop", "stop", "stop", "restart", "shrink"],
     "resilience.max_restarts": [0, 0, 0, 2, -1],
     "resilience.shrink_plans": [(), (), ("small.toml",)],
-    "serve.mesh.tp": [1, 1, 1, 2],
+    "serve.mesh.tp": [1, 1, 1, 2, 7, 0],
 }
 SPLITS_BACKWARD = ("zero-bubble", "v-half")
 AXES = ("mesh.pp", "mesh.dp_replicate", "mesh.dp_shard", "mesh.cp", "mesh.tp")
@@ -120,7 +120,7 @@ BASIC = (
     alone("optimizer.lr", lambda value: value <= 0),
     alone("optimizer.betas", lambda value: value != (0.9, 0.95)),
     alone("resilience.max_restarts", lambda value: value < 0),
-    alone("serve.mesh.tp", lambda value: value != 1),
+    alone("serve.mesh.tp", lambda value: value <= 0),
 )
 STEP = ("train.sequence_length", "train.tokens_per_step", "mesh.dp_replicate", "mesh.dp_shard")
 ULYSSES = ("ulysses", "ulysses-ring")
@@ -138,6 +138,7 @@ BETWEEN = (
     Illegal("precision.compute", PRECISION, lambda p, c, _: p != "float64" == c),
     Illegal("precision.reduce", PRECISION, lambda p, c, r: p != "float64" != c and r == "float64"),
     alone("mesh.tp", lambda tp: tp > 6),
+    alone("serve.mesh.tp", lambda tp: tp > 6),
     Illegal(
         "tensor.sequence_parallel",
         ("tensor.sequence_parallel", "mesh.tp"),
@@ -346,7 +347,8 @@ def _plans_of(keys: tuple[str, ...]) -> list[dict[str, Any]]:
     more = {"train.microbatch_tokens": [16], "peft.targets": [("*.up",)]}
     more |= {"peft.alpha": [2.0], "peft.width": [3]}
     more |= {"serve.adapters": [{"mine": "folder"}], "serve.batch_invariant": [True]}
-    more |= {"serve.mesh.pp": [1], "serve.mesh.ep": [1]}
+    more |= {"serve.mesh.pp": [1, 7], "serve.mesh.ep": [1]}
+    more |= {"serve.weights": ["auto", "int8"], "serve.draft": ["none", "ngram"]}
     choices = [
         (key, value)
         for key in keys

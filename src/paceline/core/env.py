@@ -25,6 +25,11 @@ def cache_folder() -> Path:
     return Path(base) / "paceline"
 
 
+def child_environment(**defaults: str) -> dict[str, str]:
+    """What a process that this one starts is told: what this one was, and defaults for the rest."""
+    return defaults | dict(os.environ)
+
+
 def error_file() -> str | None:
     """Where a launcher looks for what has ended this rank; None where none does."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")

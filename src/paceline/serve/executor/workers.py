@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from paceline.core.env import child_environment
 from paceline.core.errors import DataError
 from paceline.plan.mesh import MeshConfig
 from paceline.serve.executor.base import ExecutorLostError
@@ -53,14 +54,14 @@ _RANK = "from paceline.serve.executor.worker import main; main({descriptor}, {co
 def spawn(connection: socket.socket, log: Path, job: Job) -> Process:
     """Starts a rank in a new interpreter: nothing of this one's threads or memory is in it."""
     descriptor = connection.fileno()
-    environment = {"OMP_NUM_THREADS": str(job.num_threads), **os.environ}
+    defaults = {"OMP_NUM_THREADS": str(job.num_threads)}
     if sys.platform == "linux":
         # Gloo asks nobody who connects to it: other machines have no way to.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-c", _RANK.format(descriptor=descriptor, controller=os.getpid())],
-            env=environment,
+            env=child_environment(**defaults),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
